@@ -1,0 +1,284 @@
+"""argv -> config -> recipe.main(...). A recipe, and with it torch, is imported only when its verb is called.
+
+The command line is built by cyclopts from the dataclasses of config.py. A setting comes from, last wins: the field's default,
+the preset, a TOML file (--config), the command line. `Presets` feeds the middle two to cyclopts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+from cyclopts.config import Dict
+
+from kobza import __version__
+from kobza.config import (
+    DataConfig,
+    InputError,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    load_toml,
+    preset,
+    run_from_dict,
+)
+
+DEFAULT_PRESET = "demo"
+
+app = App(
+    name="kobza",
+    version=__version__,
+    help="Train, tune, check, ship and serve language models from scratch, on the machine you have.\n\n"
+    "A first model in two minutes: `kobza demo`",
+    help_epilogue="Exit codes: 0 done, 1 the work failed or a check says no, 2 the input is wrong, 130 interrupted.",
+    result_action="return_value",
+)
+app.register_install_completion_command()
+
+Sample = Annotated[SampleConfig, Parameter(name="*")]
+Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
+
+
+def recipe(name: str) -> Any:
+    """The module kobza.recipes.<name>, imported now."""
+    return importlib.import_module(f"kobza.recipes.{name}")
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo"), seed: int = 0, device: str = "auto") -> int:
+    """Train the default model on Shakespeare in about two minutes and hear it speak; a second call only speaks.
+
+    Parameters
+    ----------
+    out
+        the run's folder
+    seed
+        of everything random
+    device
+        auto, cpu, cuda or mps
+    """
+    return recipe("demo").main(replace(run_from_dict(preset(DEFAULT_PRESET), "demo"), seed=seed), out, device)
+
+
+@app.command
+def train(
+    *text: str,
+    preset: str = DEFAULT_PRESET,
+    config: Path | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    device: str = "auto",
+    stop_at: float | None = None,
+    tokenizer: Literal["char", "bpe"] | None = None,
+    vocab_size: int | None = None,
+    unknown: Literal["error", "skip", "bytes"] | None = None,
+    text_field: str | None = None,
+    tensorboard: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+    model: ModelConfig = ModelConfig(),
+    data: DataConfig = DataConfig(),
+    train: TrainConfig = TrainConfig(),
+) -> int:
+    """Train a model from scratch on text: files (.txt .md .jsonl .csv, each also .gz), folders, or - for standard input.
+
+    Parameters
+    ----------
+    text
+        files or folders; none: Shakespeare
+    preset
+        a named recipe: `kobza presets` lists them
+    config
+        a TOML file with [model], [data], [train]; wins over the preset
+    out
+        the run's folder; default runs/<preset>, runs/<preset>-2, ...
+    seed
+        of weights, data order, dropout and samples
+    resume
+        go on with the run in --out, exactly where its last checkpoint stands
+    device
+        auto, cpu, cuda, cuda:1 or mps
+    stop_at
+        the same as --train.stop-at
+    tokenizer
+        the same as --data.tokenizer
+    vocab_size
+        the same as --data.vocab-size
+    unknown
+        the same as --data.unknown
+    text_field
+        the same as --data.text-field
+    tensorboard
+        also write TensorBoard events (needs kobza[tensorboard])
+    """
+    shortcuts = {"tokenizer": tokenizer, "vocab_size": vocab_size, "unknown": unknown, "text_field": text_field}
+    data = replace(data, **{name: value for name, value in shortcuts.items() if value is not None})
+    train = train if stop_at is None else replace(train, stop_at=stop_at)
+    run = RunConfig(model, data, train, seed)
+    return recipe("train").main(list(text), run, out, preset, resume, device, tensorboard, json)
+
+
+@app.command
+def generate(
+    run: Path,
+    *,
+    prompt: str = "\n",
+    samples: int = 1,
+    stop: list[str] | None = None,
+    show_probabilities: Annotated[bool, Parameter(negative="")] = False,
+    unknown: Literal["error", "skip"] | None = None,
+    device: str = "auto",
+    json: Json = False,
+    sample: Sample = SampleConfig(),
+) -> int:
+    """Continue a prompt with a trained model, printing the text as it comes.
+
+    Parameters
+    ----------
+    run
+        a run's folder (its best checkpoint) or a checkpoint's
+    prompt
+        text to continue; - reads standard input
+    samples
+        texts to write, each with its own seed
+    stop
+        end a text where this string appears (may be given several times)
+    show_probabilities
+        print the likeliest candidates at each step
+    unknown
+        a character of the prompt outside the vocabulary: refuse it or skip it
+    device
+        auto, cpu, cuda or mps
+    """
+    return recipe("generate").main(run, prompt, samples, stop or [], show_probabilities, unknown, device, json, sample)
+
+
+@app.command
+def chat(
+    run: Path,
+    *,
+    stop: list[str] | None = None,
+    unknown: Literal["error", "skip"] = "skip",
+    device: str = "auto",
+    sample: Sample = SampleConfig(),
+) -> int:
+    """Write by turns with a model: each of your lines is continued, and the text so far stays in view.
+
+    Parameters
+    ----------
+    run
+        a run's folder or a checkpoint's
+    stop
+        end an answer where this string appears; default: an empty line
+    unknown
+        a character outside the vocabulary: refuse it or skip it
+    device
+        auto, cpu, cuda or mps
+    """
+    return recipe("chat").main(run, stop, unknown, device, sample)
+
+
+@app.command
+def describe(what: str = DEFAULT_PRESET, *, json: Json = False) -> int:
+    """Show every part of a model with shapes, parameters, FLOPs and bytes, and its module tree.
+
+    Parameters
+    ----------
+    what
+        a preset's name, a run's folder, or a TOML file
+    """
+    return recipe("describe").main(what, json)
+
+
+@app.command
+def data(name: Literal["shakespeare"] = "shakespeare", *, json: Json = False) -> int:
+    """Fetch and prepare a text that kobza knows -> the path of the file.
+
+    Parameters
+    ----------
+    name
+        the text
+    """
+    return recipe("data").main(name, json)
+
+
+@app.command
+def report(run: Path, *, json: Json = False) -> int:
+    """Draw a run's loss.png and report.html again, and print what the coach says of it.
+
+    Parameters
+    ----------
+    run
+        a run's folder
+    """
+    return recipe("report").main(run, json)
+
+
+@app.command
+def replay(bundle: Path, *, json: Json = False) -> int:
+    """Re-run the step that met an inf or nan and name the first bad tensor.
+
+    Parameters
+    ----------
+    bundle
+        RUN/blackbox/<step>, or a run's folder: its last bundle
+    """
+    return recipe("replay").main(bundle, json)
+
+
+@app.command
+def presets(*, json: Json = False) -> int:
+    """List the presets."""
+    return recipe("describe").list_presets(json)
+
+
+class Presets:
+    """Feeds `train` the fields of the preset, of --config and, with --resume, of the run in --out."""
+
+    def __call__(self, apps: Any, commands: tuple[str, ...], arguments: Any) -> None:
+        """Called by cyclopts after argv is read and before the defaults; fills what argv left open."""
+        if commands != ("train",):
+            return
+        given = {a.name: a.tokens[0].value or "true" for a in arguments if a.tokens and a.name.startswith("--")}
+        for values, source in self.sources(given):
+            run_from_dict(values, source)  # refuses unknown keys with the nearest name
+            Dict(values, use_commands_as_keys=False, source=source)(apps, commands, arguments)
+
+    def sources(self, given: dict[str, str]) -> list[tuple[dict[str, Any], str]]:
+        """Where open fields come from, strongest first."""
+        if "--resume" in given:
+            if "--out" not in given:
+                raise InputError("--resume needs --out DIR, the run to go on with")
+            path = Path(given["--out"]) / "config.toml"
+            return [(load_toml(path), str(path))]
+        named = given.get("--preset", DEFAULT_PRESET)
+        files = [(load_toml(Path(given["--config"])), given["--config"])] if "--config" in given else []
+        return [*files, (preset_(named), f"preset {named}")]
+
+
+preset_ = preset  # `train` has a parameter of that name
+app.config = (Presets(),)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command -> its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    try:
+        return app(sys.argv[1:] if argv is None else argv) or 0
+    except InputError as error:
+        print(f"kobza: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kobza: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone (`kobza ... | head`); Python would complain at exit
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Parameter groups (checked to be a partition), Muon, AdamW, and schedules as functions step -> multiplier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kobza.config import TrainConfig
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Trainable weights as {"matrices", "embeddings", "vectors"}: inside the blocks, the tables of V or T rows (embed,
+    position, lm_head), and everything of one axis. Together they are every trainable weight exactly once."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "vectors" if parameter.ndim < 2 else "matrices" if name.startswith("blocks.") else "embeddings"
+            groups[kind].append(parameter)
+    check_partition(model, groups)
+    return groups
+
+
+def check_partition(model: nn.Module, groups: dict[str, list[nn.Parameter]]) -> None:
+    """Raise unless the groups hold every trainable weight of the model once."""
+    grouped = [id(p) for parameters in groups.values() for p in parameters]
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    twice = [trainable.get(i, "?") for i in grouped if grouped.count(i) > 1]
+    missing = [name for i, name in trainable.items() if i not in set(grouped)]
+    assert not twice and not missing and len(grouped) == len(trainable), f"twice: {twice}; in no group: {missing}"
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over all, or Muon over the matrices and AdamW over the rest. Vectors never decay. Each group keeps its peak
+    rate as "peak_lr"; `set_lr` multiplies it."""
+    groups = parameter_groups(model)
+    decay, muon = config.weight_decay, config.optimizer == "muon"
+    adamw = {"embeddings": decay, "vectors": 0.0} | ({} if muon else {"matrices": decay})
+    adamw_groups = [{"params": groups[kind], "weight_decay": wd} for kind, wd in adamw.items() if groups[kind]]
+    betas = (config.beta1, config.beta2)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, config.lr, betas, fused=True)]
+    if muon:
+        optimizers.append(Muon(groups["matrices"], config.muon_lr, weight_decay=decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], multiplier: float) -> None:
+    """Give every group its peak rate times `multiplier`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * multiplier
+
+
+def schedule(config: TrainConfig) -> Callable[[int], float]:
+    """step (0, 1, ...) -> share of the peak rate: a rise over warmup_steps, then the named shape down to lr_floor."""
+    warmup, steps, floor = config.warmup_steps, config.steps, config.lr_floor
+
+    def falling(progress: float) -> float:  # progress 0..1 after warm-up -> 1..0
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if config.schedule == "linear":
+            return 1 - progress
+        if config.schedule == "wsd":
+            return min(1.0, (1 - progress) / config.decay_fraction)
+        return 1.0
+
+    def multiplier(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return floor + (1 - floor) * falling(progress)
+
+    return multiplier
+
+
+# Coefficients of the quintic that pulls singular values to about 1 in few steps. Jordan 2024, "Muon".
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(stack: Tensor, n_steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix of each in a stack, roughly: singular values move into about [0.7, 1.2].
+    (N, rows, cols) -> the same shape, by the Newton-Schulz iteration x <- a x + (b s + c s^2) x with s = x x^T."""
+    a, b, c = QUINTIC
+    tall = stack.shape[-2] > stack.shape[-1]
+    x = stack.mT if tall else stack
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(n_steps):
+        s = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalised, for matrices. Jordan et al. 2024.
+
+    Matrices of one shape are stacked and orthogonalised together: a handful of large products instead of many small.
+    The update has unit spectral norm times sqrt(max(1, rows / cols)), so one rate fits all widths.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, n_steps: int = 5
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "n_steps": n_steps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                self._step_stack(parameters, group)
+
+    def _step_stack(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update matrices of one shape together."""
+        momentum = group["momentum"]
+        gradients = [p.grad for p in parameters]
+        buffers = [self._buffer(p) for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov: look one step ahead
+        stack = torch.stack(directions)  # (N, rows, cols)
+        # bf16 is enough here (Jordan 2024) and a GPU is many times faster in it; on a CPU float32 keeps resume simple
+        update = orthogonalize(stack.bfloat16() if stack.is_cuda else stack, group["n_steps"]).to(stack.dtype)
+        rows, cols = parameters[0].shape
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(update.unbind()), alpha=-group["lr"] * max(1.0, rows / cols) ** 0.5)
+
+    def _buffer(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]

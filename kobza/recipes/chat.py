@@ -1,0 +1,50 @@
+"""kobza chat: lines from a person, continuations from a model, in one growing text."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from kobza.checkpoint import load_checkpoint
+from kobza.config import InputError, SampleConfig
+from kobza.device import pick_device
+from kobza.recipes.generate import encode_prompt, write_text
+
+PARAGRAPH = "\n\n"  # a model trained on plays ends a speech with an empty line
+
+
+def main(path: Path, stop: list[str] | None, unknown: str, device: str, config: SampleConfig) -> int:
+    """Read lines until the input ends, writing a continuation after each -> exit code."""
+    loaded = load_checkpoint(path, pick_device(device), unknown)
+    stops = stop if stop else [PARAGRAPH]
+    history, turn = "", 0
+    print(f"{path}: {loaded.provenance.get('step', '?')} steps; your line is continued; an empty line or Ctrl-D ends")
+    while True:
+        line = ask()
+        if not line:
+            return 0
+        history += line + "\n"
+        try:
+            ids = encode_prompt(loaded.tokenizer, history)
+        except InputError as error:
+            print(f"  {error}")
+            continue
+        answer = write_text(loaded, ids, stops, replace(config, seed=config.seed + turn), show)
+        print()
+        history, turn = f"{history}{answer}{stops[0]}", turn + 1
+
+
+def ask() -> str:
+    """A person's line; empty at the end of the input."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return ""
+
+
+def show(piece: str) -> None:
+    """Print text as it comes."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()

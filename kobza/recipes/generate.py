@@ -1,0 +1,155 @@
+"""kobza generate: a trained model and a prompt -> text, as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kobza.checkpoint import Loaded, load_checkpoint
+from kobza.config import SampleConfig, require
+from kobza.device import memory_error, pick_device
+from kobza.generate import generate
+from kobza.tokenizer import StreamDecoder, Tokenizer
+
+CANDIDATES = 5  # shown at each step by --show-probabilities
+
+
+def main(
+    path: Path,
+    prompt: str,
+    samples: int,
+    stops: list[str],
+    show_probabilities: bool,
+    unknown: str | None,
+    device: str,
+    as_json: bool,
+    config: SampleConfig,
+) -> int:
+    """Print `samples` continuations of the prompt -> exit code."""
+    require(samples > 0, f"--samples is {samples}; it must be at least 1")
+    loaded = load_checkpoint(path, pick_device(device), unknown)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    ids = encode_prompt(loaded.tokenizer, prompt)
+    if show_probabilities or as_json:
+        return detailed(loaded, prompt, ids, samples, stops, show_probabilities, as_json, config)
+    with memory_error(samples, loaded.run.model.max_seq_len):
+        if samples == 1:
+            print(prompt, end="", flush=True)
+            write_text(loaded, ids, stops, config, lambda piece: print(piece, end="", flush=True))
+            print()
+        else:
+            for i, text in enumerate(write_texts(loaded, ids, samples, stops, config)):
+                print(f"{'' if i == 0 else chr(10)}--- sample {i + 1}, seed {config.seed + i}\n{prompt}{text}")
+    return 0
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt; a beginning token stands first where the model was trained with one."""
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt).tolist()
+    require(bool(ids), "the prompt is empty; give --prompt at least one character of the vocabulary")
+    return ids
+
+
+class StopFinder:
+    """Text piece by piece, held back while it may be the beginning of a stop string, and cut where one stands."""
+
+    def __init__(self, stops: list[str]):
+        self.stops, self.held, self.found = [s for s in stops if s], "", False
+
+    def feed(self, piece: str) -> str:
+        """The text that can be shown now."""
+        self.held += piece
+        places = [i for i in (self.held.find(stop) for stop in self.stops) if i >= 0]
+        if places:
+            self.found, shown = True, self.held[: min(places)]
+            self.held = ""
+            return shown
+        keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return shown
+
+
+def write_text(
+    loaded: Loaded, ids: list[int], stops: list[str], config: SampleConfig, show: Callable[[str], Any]
+) -> str:
+    """Generate one text, calling show(piece) as it grows -> the whole."""
+    stream, finder, parts = StreamDecoder(loaded.tokenizer), StopFinder(stops), []
+    for choice in generate(loaded.model, [ids], config, ends(loaded.tokenizer)):
+        if choice.ids[0] is not None:
+            parts.append(finder.feed(stream.feed(choice.ids[0])))
+            show(parts[-1])
+        if finder.found:
+            return "".join(parts)
+    parts.append(finder.feed(stream.flush()) + finder.held)
+    show(parts[-1])
+    return "".join(parts)
+
+
+def write_texts(loaded: Loaded, ids: list[int], samples: int, stops: list[str], config: SampleConfig) -> list[str]:
+    """Generate several texts side by side."""
+    streams = [StreamDecoder(loaded.tokenizer) for _ in range(samples)]
+    finders = [StopFinder(stops) for _ in range(samples)]
+    texts = [""] * samples
+    for choice in generate(loaded.model, [ids] * samples, config, ends(loaded.tokenizer)):
+        for i, token in enumerate(choice.ids):
+            if token is not None and not finders[i].found:
+                texts[i] += finders[i].feed(streams[i].feed(token))
+        if all(finder.found for finder in finders):
+            break
+    rests = (f.feed(s.flush()) + f.held if not f.found else "" for f, s in zip(finders, streams, strict=True))
+    return [text + rest for text, rest in zip(texts, rests, strict=True)]
+
+
+def ends(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a text."""
+    return [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+
+
+def detailed(
+    loaded: Loaded,
+    prompt: str,
+    ids: list[int],
+    samples: int,
+    stops: list[str],
+    show_probabilities: bool,
+    as_json: bool,
+    config: SampleConfig,
+) -> int:
+    """Print the texts with the candidates of each step, for a person or as JSON -> exit code."""
+    results = []
+    for i in range(samples):
+        one, steps, text, finder = replace(config, seed=config.seed + i), [], "", StopFinder(stops)
+        stream = StreamDecoder(loaded.tokenizer)
+        for choice in generate(loaded.model, [ids], one, ends(loaded.tokenizer)):
+            steps.append(candidates(loaded.tokenizer, choice.logits[0], choice.ids[0]))
+            text += finder.feed(stream.feed(choice.ids[0]))
+            if not as_json:
+                row = "  ".join(f"{c['token']} {c['probability']:.1%}" for c in steps[-1]["candidates"])
+                print(f"{steps[-1]['token']:>8}  {steps[-1]['probability']:6.1%}   {row}")
+            if finder.found:
+                break
+        text += "" if finder.found else finder.feed(stream.flush()) + finder.held
+        results.append({"seed": one.seed, "text": text} | ({"steps": steps} if show_probabilities else {}))
+        if not as_json:
+            print(f"\n{prompt}{text}")
+    if as_json:
+        print(json.dumps({"prompt": prompt, "samples": results}, ensure_ascii=False))
+    return 0
+
+
+def candidates(tokenizer: Tokenizer, logits: Tensor, chosen: int | None) -> dict[str, Any]:
+    """The chosen token and the likeliest ones, with the model's own probabilities before any knob."""
+    assert chosen is not None
+    probabilities = logits.softmax(-1)
+    top = probabilities.topk(min(CANDIDATES, len(probabilities)))
+    rows = [
+        {"id": i, "token": tokenizer.show(i), "probability": p}
+        for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    return {"token": tokenizer.show(chosen), "probability": float(probabilities[chosen]), "candidates": rows}

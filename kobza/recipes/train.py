@@ -1,0 +1,259 @@
+"""kobza train: text -> tokens -> model -> checkpoints, metrics, pictures. The order of a run, top to bottom.
+
+The loop itself is kobza.train; here stands what is done around its steps: look, save, remark, stop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from kobza.checkpoint import checkpoint_path, list_checkpoints, prune, read_best, write_file
+from kobza.config import InputError, RunConfig, SampleConfig, TrainConfig, require
+from kobza.data import Batches, bytes_per_token, eval_batches, overlap
+from kobza.describe.parts import training_bytes
+from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
+from kobza.doctor.blackbox import write_bundle
+from kobza.generate import generate
+from kobza.hub.shakespeare import default_text
+from kobza.log import MetricsLog, ProgressLine
+from kobza.model import GPT, build, n_parameters, training_flops_per_token
+from kobza.optim import make_optimizers
+from kobza.report.console import Commentator, mean_train_loss
+from kobza.report.pages import draw
+from kobza.run import (
+    Run,
+    Standing,
+    Training,
+    free_folder,
+    lock,
+    new_run,
+    restore_training,
+    resumed_run,
+    save_training,
+)
+from kobza.train import NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
+
+EVAL_TOKENS = 200_000  # train.eval_tokens 0: enough that the loss of a window is known to about 0.003 nats
+SAMPLE_TOKENS = 120
+COMPILE_SECONDS = 60  # what torch.compile takes on a GPU machine before the first step
+
+
+def main(
+    text: list[str],
+    config: RunConfig,
+    out: Path | None,
+    name: str,
+    resume: bool = False,
+    device: str = "auto",
+    tensorboard: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Train, leaving a run folder -> exit code."""
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    out = out or free_folder(Path("runs") / name)
+    runtime = make_runtime(device, config.train.precision)
+    check_memory(config, runtime)
+    require(not (resume and text), f"--resume goes on with the text in {out}; leave out {' '.join(text)}")
+    with lock(out), memory_error(config.train.micro_batch, config.model.max_seq_len):
+        if not text and not resume:
+            path, note = default_text()
+            console.print(note)
+            text = [str(path)]
+        run = resumed_run(out, config) if resume else new_run(out, config, text)
+        return train_run(run, runtime, console, make_board(out) if tensorboard else None, as_json)
+
+
+def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json: bool) -> int:
+    """Train an opened run to its end -> exit code."""
+    config, seq_len, device = run.config.train, run.config.model.max_seq_len, runtime.device
+    torch.manual_seed(run.config.seed)  # dropout
+    model = build(run.config.model, run.config.seed, device)
+    batches = Batches(run.corpus.train, config.micro_batch, seq_len, run.config.seed, device)
+    scaler = torch.amp.GradScaler(device.type) if runtime.precision == "fp16" else None
+    training = Training(model, make_optimizers(model, config), batches, scaler, Standing(), device)
+    restore_training(run, training)
+    standing = training.standing
+    compiled = compile_pays(config, runtime, model)
+    network: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+    loss_fn = next_token_loss(runtime.compute_dtype)
+    held_out = eval_batches(run.corpus.val, config.micro_batch, seq_len, config.eval_tokens or EVAL_TOKENS, device)
+    val_bytes = bytes_per_token(run.corpus.val, run.tokenizer)
+    metrics = MetricsLog(run.out / "metrics.jsonl", standing.step)
+    commentator = Commentator(run, n_parameters(model), console, metrics.records)
+    where = f"{runtime.precision}{', compiled' if compiled else ''} on {device_name(device)}"
+    commentator.introduce(where, overlap(run.corpus.train, run.corpus.val), standing.step)
+    flops, peak = training_flops_per_token(model), peak_flops(device)
+    line = ProgressLine(console, config.steps, standing.step)
+    steps = train(
+        network, training.optimizers, batches, config, loss_fn, standing.step, scaler, lambda: rng_state(device)
+    )
+    outcome, before, began = "done", standing.seconds, time.perf_counter()
+    with Interrupt() as interrupt:
+        try:
+            for step in steps:
+                standing.step, standing.tokens = step.step, standing.tokens + step.tokens
+                standing.seconds = before + time.perf_counter() - began
+                record = make_record(step, standing, config.lr)
+                due = step.step % config.eval_interval == 0 or step.step == config.steps
+                improved = False
+                if due:
+                    loss = evaluate(network, held_out, loss_fn)
+                    record |= {"val_loss": round(loss, 6), "val_bpb": round(bits_per_byte(loss, val_bytes), 6)}
+                    improved = loss < standing.best
+                    standing.best, standing.worse = min(loss, standing.best), 0 if improved else standing.worse + 1
+                    outcome = stop_reason(config, loss, standing)
+                metrics.write(record)
+                line.step(step.step, figures(record, flops, peak))
+                if board:
+                    write_board(board, record)
+                if due:
+                    passage = sample(model, run, standing.step)
+                    commentator.evaluation(record, mean_train_loss(metrics.records, config.eval_interval), passage)
+                stopping = interrupt.asked or outcome != "done"
+                if improved or stopping or step.step % save_every(config) == 0 or step.step == config.steps:
+                    save_training(run, training)
+                    if improved:
+                        write_file(run.out / "best.json", json.dumps({"step": step.step, "val_loss": standing.best}))
+                    prune(run.out, config.keep)
+                if stopping:
+                    outcome = "interrupted" if interrupt.asked else outcome
+                    break
+        except NonFinite as failure:
+            return give_up(failure, run, model, runtime)
+        finally:
+            line.close()
+            metrics.close()
+    if outcome == "interrupted":
+        console.print(f"interrupted at step {standing.step}; saved. Go on: kobza train --resume --out {run.out}")
+        return 130
+    picture, page = draw(run.out, n_parameters(model))
+    best = read_best(run.out) or {"step": standing.step, "val_loss": math.inf}
+    commentator.conclude(outcome, best, standing.seconds, picture, page)
+    if as_json:
+        summary = {"run": str(run.out), "outcome": outcome, "best": best, "picture": str(picture), "report": str(page)}
+        print(json.dumps(summary | vars(standing)))
+    return 0
+
+
+def check_memory(config: RunConfig, runtime: Runtime) -> None:
+    """Refuse, with the numbers, a model whose weights and optimizer alone cannot fit, before anything is allocated."""
+    model, free = config.model, free_memory(runtime.device)
+    least, most = training_bytes(model, 0), training_bytes(model, config.train.micro_batch)
+    require(
+        free is None or least <= free,
+        f"out of memory: weights, gradients and optimizer take {least / 1e9:.1f} GB (up to {most / 1e9:.1f} with "
+        f"activations) and {(free or 0) / 1e9:.1f} GB are free; lower model.n_embd {model.n_embd} or model.n_layer "
+        f"{model.n_layer}",
+    )
+
+
+def compile_pays(config: TrainConfig, runtime: Runtime, model: GPT) -> bool:
+    """Whether torch.compile earns its start-up: on a known GPU with minutes of work ahead. On a CPU it takes longer than
+    the runs that people make there, so it has to be asked for."""
+    peak = peak_flops(runtime.device)
+    if config.compile != "auto" or peak is None:
+        return config.compile == "on"
+    tokens = config.steps * config.micro_batch * config.accumulate * model.config.max_seq_len
+    return tokens * training_flops_per_token(model) / (0.25 * peak) > 2 * COMPILE_SECONDS
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask the loop to save and stop after its step; a second one stops at once."""
+
+    def __enter__(self) -> Interrupt:
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, _number: int, _frame: Any) -> None:
+        """Note the signal."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def save_every(config: TrainConfig) -> int:
+    """Steps between checkpoints."""
+    return config.checkpoint_interval or config.eval_interval
+
+
+def stop_reason(config: TrainConfig, loss: float, standing: Standing) -> str:
+    """Why to stop after this evaluation; "done" where only the last step is a reason."""
+    if config.stop_at and loss <= config.stop_at:
+        return "stop_at"
+    if config.patience and standing.worse >= config.patience:
+        return "patience"
+    return "done"
+
+
+def make_record(step: Step, standing: Standing, lr: float) -> dict[str, Any]:
+    """A step as a line of metrics.jsonl."""
+    return {
+        "step": step.step,
+        "train_loss": round(step.loss, 6),
+        "lr": step.lr * lr,
+        "grad_norm": round(step.grad_norm, 6),
+        "tokens": standing.tokens,
+        "seconds": round(standing.seconds, 4),
+        "tokens_per_second": round(step.tokens / step.seconds, 1),
+    }
+
+
+def figures(record: dict[str, Any], flops: int, peak: float | None) -> str:
+    """The progress line's text."""
+    rate = record["tokens_per_second"]
+    speed = f"MFU {rate * flops / peak:.0%}" if peak else f"{rate * flops / 1e9:.0f} GFLOP/s"
+    val = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
+    return f"loss {record['train_loss']:.4f}{val}  {rate:,.0f} tokens/s  {speed}"
+
+
+def sample(model: GPT, run: Run, step: int) -> str:
+    """A passage by the model as it stands, begun with a line end where there is one."""
+    begin = run.tokenizer.encode("\n").tolist() if b"\n" in run.tokenizer.pieces else [0]
+    ends = [] if run.tokenizer.eot_id is None else [run.tokenizer.eot_id]
+    config = SampleConfig(tokens=SAMPLE_TOKENS, seed=run.config.seed + step)
+    ids = [choice.ids[0] for choice in generate(model, [begin], config, ends)]
+    return run.tokenizer.decode([i for i in ids if i is not None])
+
+
+def make_board(out: Path) -> Any:
+    """A TensorBoard writer in the run's folder."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the tensorboard package: pip install 'kobza[tensorboard]'") from None
+    return SummaryWriter(str(out / "tensorboard"))
+
+
+def write_board(board: Any, record: dict[str, Any]) -> None:
+    """A record's numbers as TensorBoard scalars."""
+    for key in record.keys() - {"step", "tokens", "seconds"}:
+        board.add_scalar(key, record[key], record["step"])
+
+
+def give_up(failure: NonFinite, run: Run, model: GPT, runtime: Runtime) -> int:
+    """Write the black box of a non-finite step and say how to look into it -> exit code 1."""
+    bundle = run.out / "blackbox" / f"{failure.step:08d}"
+    shutil.rmtree(bundle, ignore_errors=True)
+    write_bundle(bundle, model, run.config, failure, runtime.precision)
+    steps = list_checkpoints(run.out)
+    good = (
+        f"the last good checkpoint is {checkpoint_path(run.out, steps[-1])}" if steps else "no checkpoint was due yet"
+    )
+    print(f"kobza: {failure}; {good}; name the first bad tensor with: kobza replay {bundle}", file=sys.stderr)
+    return 1

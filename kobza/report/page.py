@@ -1,0 +1,261 @@
+"""What a run left -> one self-contained `report.html`: picture, remarks, what the numbers mean, samples, config.
+
+The page needs no network and runs no script; its content policy forbids both, so that a sample, which is whatever the
+model wrote, stays text. It follows the reader's light or dark setting and fits a phone.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from kobza.report.coach import meaning, remarks
+from kobza.report.metrics import is_finite, series
+from kobza.report.picture import loss_figure, svg_text
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>
+:root { --ink: #1f2328; --quiet: #5c6470; --ground: #fbfaf8; --card: #ffffff; --line: #dddad4; --mark: #b4470b;
+  --tint: #fdf1e8; --good: #1a7f4b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e4df; --quiet: #a3a8b0; --ground: #16181b; --card: #1e2125;
+  --line: #363a40; --mark: #ff9d5c; --tint: #33261b; --good: #5fd097; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.5;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 54rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 1rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 0.6rem; }
+p { margin: 0.4rem 0; max-width: 44rem; }
+.quiet { color: var(--quiet); }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem; margin: 0; }
+.numbers div, .card { background: var(--card); border: 1px solid var(--line); border-radius: 0.5rem;
+  padding: 0.6rem 0.8rem; }
+.numbers dt { color: var(--quiet); font-size: 0.85rem; }
+.numbers dd { margin: 0; font-size: 1.2rem; font-variant-numeric: tabular-nums; }
+figure { margin: 1.5rem 0 0; color: var(--ink); }
+figure svg { display: block; width: 100%; height: auto; }
+.card { margin: 0.6rem 0; }
+.remark { border-left: 0.3rem solid var(--quiet); }
+.remark.warning { border-left-color: var(--mark); background: var(--tint); }
+.remark.healthy { border-left-color: var(--good); }
+.wide { overflow: auto; max-height: 28rem; border: 1px solid var(--line); border-radius: 0.5rem;
+  background: var(--card); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
+th, td { padding: 0.35rem 0.8rem; text-align: right; white-space: nowrap; }
+th { position: sticky; top: 0; background: var(--card); font-weight: 600; box-shadow: inset 0 -1px var(--line); }
+tr + tr td { border-top: 1px solid var(--line); }
+tr.best td { color: var(--good); font-weight: 600; }
+table.config th, table.config td { text-align: left; position: static; box-shadow: none; white-space: normal;
+  overflow-wrap: anywhere; }
+table.config tr + tr th { border-top: 1px solid var(--line); }
+table.config th { font-weight: 400; color: var(--quiet); width: 45%; }
+code, pre { font: 0.9rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
+pre { margin: 0.3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; }
+</style>
+</head>
+<body>
+<main>
+<h1>{{ title }}</h1>
+<dl class="numbers">
+{% for name, value in numbers %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}</dl>
+<figure role="img" aria-label="{{ picture_label }}">{{ picture }}</figure>
+
+<h2>Coach</h2>
+{% for remark in remarks %}<div class="card remark {{ remark.severity }}">
+<p><strong>{{ "Warning" if remark.severity == "warning" else "Note" }}, step {{ "{:,}".format(remark.step) }}.</strong>
+{{ remark.text }}</p>
+<p>{{ remark.remedy }}</p>
+</div>
+{% else %}<div class="card remark healthy"><p>Nothing to remark: no rule of the coach sees trouble.</p></div>
+{% endfor %}
+<h2>What the numbers mean</h2>
+<div class="card">
+{% if meaning %}<p><strong>{{ meaning }}</strong></p>
+{% endif %}<p>The loss is how surprised the model is by the next token, in nats: ln of the number of equally likely
+tokens it would be as unsure between. Lower is better. Validation loss is on text it was not trained on; it is the one
+to judge by.</p>
+<dl class="numbers">
+{% for name, value in landmarks %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}</dl>
+</div>
+
+{% if evaluations %}<h2>Evaluations</h2>
+<div class="wide" tabindex="0"><table>
+<thead><tr>{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in evaluations %}<tr{% if row.best %} class="best"{% endif %}>
+{%- for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>
+<p class="quiet">The best validation loss is marked.</p>
+{% endif %}
+{% if samples %}<h2>Samples</h2>
+{% if samples[:-1] %}<details><summary>{{ samples[:-1] | length }} earlier</summary>
+{% for sample in samples[:-1] %}{{ card(sample) }}
+{% endfor %}</details>
+{% endif %}{{ card(samples[-1]) }}
+{% endif %}
+{% if config %}<h2>Config</h2>
+<div class="wide" tabindex="0"><table class="config">
+{% for name, value in config %}<tr><th scope="row"><code>{{ name }}</code></th><td><code>{{ value }}</code></td></tr>
+{% endfor %}</table></div>
+{% endif %}
+</main>
+</body>
+</html>
+"""
+# A sample's <pre> begins with a newline of its own: HTML drops the first one, and the sample's must stay.
+SAMPLE = """{% macro card(sample) %}<div class="card"><span class="quiet">step {{ sample.step }}</span>
+<pre dir="auto">
+{{ sample.text }}</pre></div>{% endmacro %}"""
+
+COLUMNS = {  # heading: (key of the record, format)
+    "step": ("step", "{:,}"),
+    "tokens": ("tokens", "{:,.0f}"),
+    "train loss": ("train_loss", "{:.4f}"),
+    "validation loss": ("val_loss", "{:.4f}"),
+    "bits per byte": ("val_bpb", "{:.4f}"),
+    "learning rate": ("lr", "{:.3g}"),
+    "minutes": ("minutes", "{:.1f}"),
+}
+
+
+def write_report(run_dir, records, landmarks, facts, samples, title, config):
+    """What a run left -> the path of `report.html`, written into run_dir, whole or not at all.
+
+    samples are dicts with `step` and `text`; config is a mapping, nested ones are shown as `train.lr`.
+    """
+    path = Path(run_dir) / "report.html"
+    html = render(records, landmarks, facts, samples, title, config)
+    aside = path.with_name("report.html.part")
+    aside.write_text(html, encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def render(records, landmarks, facts, samples, title, config):
+    """What a run left -> the page as HTML text."""
+    best = best_loss(records)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(SAMPLE + PAGE)
+    return page.render(
+        title=printable(title),
+        numbers=numbers(records, facts),
+        picture=Markup(svg_text(loss_figure(records, landmarks))),  # ours, and it holds numbers only
+        picture_label=f"Losses over the steps. {loss_words(records)}",
+        remarks=remarks(records, landmarks, facts),
+        meaning=None if best is None else meaning(best, landmarks),
+        landmarks=landmark_numbers(landmarks),
+        columns=list(COLUMNS),
+        evaluations=evaluation_rows(records),
+        samples=[{"step": f"{s['step']:,}", "text": printable(s["text"])} for s in samples],
+        config=[(printable(name), printable(value)) for name, value in flatten(config)],
+    )
+
+
+# ---- the parts of the page ----
+
+
+def best_loss(records):
+    """Records -> the lowest validation loss, else the last train loss, else None."""
+    _, val = series(records, "val_loss")
+    _, train = series(records, "train_loss")
+    if len(val):
+        return float(val.min())
+    return float(train[-1]) if len(train) else None
+
+
+def loss_words(records):
+    """Records -> the picture in words, for who cannot see it."""
+    _, val = series(records, "val_loss")
+    if len(val) == 0:
+        return "No evaluation yet."
+    return f"Validation loss goes from {val[0]:.2f} to {val[-1]:.2f}; its lowest is {val.min():.2f}."
+
+
+def numbers(records, facts):
+    """Records, Facts -> (name, value) pairs for the head of the page."""
+    last = records[-1] if records else {}
+    _, val = series(records, "val_loss")
+    _, bpb = series(records, "val_bpb")
+    _, tokens = series(records, "tokens")
+    _, speed = series(records, "tokens_per_second")
+    shown = [
+        ("best validation loss", f"{val.min():.3f}" if len(val) else None),
+        ("bits per byte", f"{bpb.min():.3f}" if len(bpb) else None),
+        ("steps", f"{last.get('step', 0):,} of {facts.steps:,}"),
+        ("parameters", short(facts.n_params)),
+        ("tokens in the text", short(facts.train_tokens)),
+        ("epochs", f"{tokens[-1] / max(facts.train_tokens, 1):.1f}" if len(tokens) else None),
+        ("tokens a second", short(float(np.median(speed))) if len(speed) else None),
+        ("time", duration(last["seconds"]) if is_finite(last.get("seconds")) else None),
+    ]
+    return [(name, value) for name, value in shown if value is not None]
+
+
+def landmark_numbers(landmarks):
+    """Landmarks -> (name, value) pairs, in nats per token."""
+    shown = [
+        ("knows nothing, ln V", f"{landmarks.uniform:.2f}"),
+        ("token frequencies", f"{landmarks.unigram:.2f}"),
+        ("token pairs", f"{landmarks.bigram:.2f}"),
+    ]
+    if landmarks.mean_token_bytes is not None:
+        shown.append(("bytes a token", f"{landmarks.mean_token_bytes:.2f}"))
+    return shown
+
+
+def evaluation_rows(records):
+    """Records -> for each evaluation its cells as text and whether it is the best."""
+    evaluated = [r for r in records if is_finite(r.get("val_loss"))]
+    best = min(evaluated, key=lambda r: r["val_loss"], default=None)
+    return [{"cells": cells(record), "best": record is best} for record in evaluated]
+
+
+def cells(record):
+    """A record -> its cells as text, empty where it has no number."""
+    if is_finite(record.get("seconds")):
+        record = {**record, "minutes": record["seconds"] / 60}
+    return [form.format(record[key]) if is_finite(record.get(key)) else "" for key, form in COLUMNS.values()]
+
+
+def flatten(config, prefix=""):
+    """A nested mapping -> (dotted name, value) pairs. `flatten({"train": {"lr": 1}}) -> [("train.lr", 1)]`"""
+    pairs = []
+    for name, value in config.items():
+        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+        pairs.extend(inner)
+    return pairs
+
+
+def printable(value):
+    """Anything -> text without the control characters that HTML forbids; each becomes the replacement character."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value))
+
+
+def short(count):
+    """A count -> few digits. `short(1234567) -> "1.23M"`"""
+    count = float(f"{count:.3g}")  # rounded first, or 999,999 would be 1e+03k
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.3g}"
+
+
+def duration(seconds):
+    """Seconds -> text in the largest fitting unit. `duration(90) -> "1.5 min"`"""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,186 @@
+"""A run's folder: one process writes it, its text lies there as tokens, and a stopped run goes on from it bit by bit.
+
+checkpoint.py says what lies where. This file opens a run (new or resumed), and takes and puts back the state of its training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import filelock
+import tomli_w
+import torch
+from torch import nn
+
+from kobza import __version__
+from kobza.checkpoint import (
+    checkpoint_path,
+    fill_model,
+    fill_optimizers,
+    list_checkpoints,
+    load_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    verify,
+    write_file,
+)
+from kobza.config import InputError, RunConfig, load_toml, require, run_from_dict, to_dict
+from kobza.data import Batches, Corpus, Documents, load_corpus, prepare
+from kobza.device import rng_state, set_rng_state
+from kobza.tokenizer import Tokenizer, load_tokenizer
+
+# settings that a resumed run may change: they move where it stops and what it keeps, not what a step computes (steps
+# stretches the schedule, which is what one resumes for)
+MAY_CHANGE = {"steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep", "patience", "stop_at"}
+
+
+def free_folder(path: Path) -> Path:
+    """The path itself, or path-2, path-3, ... where one is there already."""
+    candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in range(1, 10_000))
+    return next(p for p in candidates if not p.exists())
+
+
+def lock(out: Path) -> filelock.BaseFileLock:
+    """A held lock on the run's folder; refused while another run writes there. Released when its process ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(out / ".lock")
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"{out}: a live run is writing here; wait for it or take another --out") from None
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; take another --out") from None
+    return held
+
+
+# ---- open ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run: its folder, its config with the vocabulary filled in, its tokenizer and its text."""
+
+    out: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+
+def new_run(out: Path, config: RunConfig, text: Sequence[str]) -> Run:
+    """Tokenise the text into a fresh run folder and open it."""
+    require(not (out / "config.toml").exists(), f"{out}: holds a run; go on with --resume or take another --out")
+    write_tokens(out, config, text)
+    return open_run(out, config)
+
+
+def resumed_run(out: Path, config: RunConfig) -> Run:
+    """Open a run again, under a config that differs from its own at most in MAY_CHANGE."""
+    path = out / "config.toml"
+    saved = run_from_dict(load_toml(path), str(path))
+    for section in ("model", "data", "train"):
+        old, new = to_dict(getattr(saved, section)), to_dict(getattr(config, section))
+        for key in old:
+            same = old[key] == new[key] or (section == "train" and key in MAY_CHANGE)
+            require(same, f"{section}.{key} is {new[key]} but the run has {old[key]}; resume without it, or start anew")
+    require(config.seed in (0, saved.seed), f"--seed {config.seed} but the run has {saved.seed}; resume without it")
+    return open_run(out, replace(config, seed=saved.seed))
+
+
+def open_run(out: Path, config: RunConfig | None = None) -> Run:
+    """The run in a folder; its saved config unless one is given, which is then saved."""
+    path = out / "config.toml"
+    saved = config or run_from_dict(load_toml(path), str(path))
+    tokenizer = load_tokenizer(out / "tokenizer.json", saved.data.unknown)
+    asked = saved.model.vocab_size
+    require(
+        asked in (0, tokenizer.vocab_size),
+        f"model.vocab_size is {asked} but the tokenizer has {tokenizer.vocab_size}; leave model.vocab_size out",
+    )
+    full = replace(saved, model=replace(saved.model, vocab_size=tokenizer.vocab_size))
+    corpus = load_corpus(out / "tokens", full.model.max_seq_len)
+    if config is not None:
+        write_file(path, tomli_w.dumps(to_dict(full)))
+    return Run(out, full, tokenizer, corpus)
+
+
+def write_tokens(out: Path, config: RunConfig, text: Sequence[str]) -> None:
+    """Text -> out/tokens and out/tokenizer.json, whole or absent."""
+    aside = out / ".tokens.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        tokenizer = prepare(Documents(text, config.data.text_field), config.data, aside)
+        load_corpus(aside, config.model.max_seq_len)  # too short is said before anything is kept
+        write_file(out / "tokenizer.json", tokenizer.to_json())
+        shutil.rmtree(out / "tokens", ignore_errors=True)
+        aside.rename(out / "tokens")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---- the state of its training -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Standing:
+    """Where a training stands: counts, seconds spent, the best validation loss and the evaluations since."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    worse: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that changes while a run trains, and that a checkpoint holds."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    batches: Batches
+    scaler: torch.amp.GradScaler | None
+    standing: Standing
+    device: torch.device
+
+
+def save_training(run: Run, training: Training) -> None:
+    """Write the checkpoint of the step where the training stands, unless it is there."""
+    standing = training.standing
+    folder = checkpoint_path(run.out, standing.step)
+    if folder.exists():
+        return
+    tensors = optimizer_tensors(training.optimizers) | rng_state(training.device)
+    state = {"standing": vars(standing), "batches": training.batches.state_dict()}
+    state["scaler"] = training.scaler.state_dict() if training.scaler else None
+    provenance = {"kobza": __version__, "torch": torch.__version__, "step": standing.step, "tokens": standing.tokens}
+    provenance |= {"best_val_loss": standing.best, "text_sha256": run.corpus.index["sha256"]}
+    folder.parent.mkdir(exist_ok=True)
+    save_checkpoint(folder, training.model, run.config, run.tokenizer, provenance, (tensors, state))
+
+
+def restore_training(run: Run, training: Training) -> None:
+    """Put the last checkpoint of the run into a training that was just made; nothing where there is none."""
+    steps = list_checkpoints(run.out)
+    if not steps:
+        return
+    folder = checkpoint_path(run.out, steps[-1])
+    verify(folder)
+    fill_model(training.model, load_tensors(folder / "model.safetensors"), str(folder))
+    tensors = load_tensors(folder / "training.safetensors")
+    set_rng_state(tensors, training.device)
+    fill_optimizers(training.optimizers, {k: v for k, v in tensors.items() if not k.startswith("rng.")})
+    state = json.loads((folder / "training.json").read_text())
+    training.batches.load_state_dict(state["batches"])
+    if training.scaler:
+        training.scaler.load_state_dict(state["scaler"])
+    vars(training.standing).update(state["standing"])
+
+
+def is_finished(out: Path, steps: int) -> bool:
+    """Whether the run in `out` has a checkpoint of its last step."""
+    return steps in list_checkpoints(out)
