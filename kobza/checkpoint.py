@@ -1,7 +1,7 @@
 """Runs and checkpoints on disk: safetensors + json, whole or absent, checksummed, nothing executed on loading.
 
     DIR/                       a run
-      config.json              its RunConfig
+      config.toml              its RunConfig
       metrics.jsonl            one record a step (log.py)
       tokens/                  the text as shards (data.py)
       checkpoints/00000100/    model.safetensors  config.json  tokenizer.json   what generate, export, serve need
@@ -63,6 +63,14 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; one half deleted does not keep its name."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
+
+
 def write_file(final: Path, content: str) -> None:
     """Replace a small file whole."""
     aside = final.with_name(f".{final.name}.part")
@@ -71,6 +79,7 @@ def write_file(final: Path, content: str) -> None:
         _sync(aside)
         os.replace(aside, final)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise _disk_error(final, error) from error
 
 
@@ -242,7 +251,13 @@ def list_checkpoints(run_dir: Path) -> list[int]:
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     """{"step", "val_loss"} of the best checkpoint so far."""
     path = run_dir / "best.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        best = json.loads(path.read_text())
+        return {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f'{path}: not {{"step", "val_loss"}} in json; delete it to use the last checkpoint') from None
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -250,7 +265,7 @@ def prune(run_dir: Path, keep: int) -> None:
     best = read_best(run_dir)
     for step in list_checkpoints(run_dir)[:-keep]:
         if best is None or step != best["step"]:
-            shutil.rmtree(checkpoint_path(run_dir, step))
+            remove_folder(checkpoint_path(run_dir, step))
 
 
 # ---- state of a training run ---------------------------------------------------------------------------------------

@@ -6,17 +6,19 @@ the preset, a TOML file (--config), the command line. `Presets` feeds the middle
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
-from cyclopts.config import Dict
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from kobza import __version__
 from kobza.config import (
+    SECTIONS,
     DataConfig,
     InputError,
     ModelConfig,
@@ -24,7 +26,9 @@ from kobza.config import (
     SampleConfig,
     TrainConfig,
     load_toml,
+    nearest,
     preset,
+    require,
     run_from_dict,
 )
 
@@ -37,6 +41,7 @@ app = App(
     "A first model in two minutes: `kobza demo`",
     help_epilogue="Exit codes: 0 done, 1 the work failed or a check says no, 2 the input is wrong, 130 interrupted.",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # main says it
 )
 app.register_install_completion_command()
 
@@ -126,6 +131,7 @@ def train(
 @app.command
 def generate(
     run: Path,
+    /,
     *,
     prompt: str = "\n",
     samples: int = 1,
@@ -161,6 +167,7 @@ def generate(
 @app.command
 def chat(
     run: Path,
+    /,
     *,
     stop: list[str] | None = None,
     unknown: Literal["error", "skip"] = "skip",
@@ -184,7 +191,7 @@ def chat(
 
 
 @app.command
-def describe(what: str = DEFAULT_PRESET, *, json: Json = False) -> int:
+def describe(what: str = DEFAULT_PRESET, /, *, json: Json = False) -> int:
     """Show every part of a model with shapes, parameters, FLOPs and bytes, and its module tree.
 
     Parameters
@@ -196,7 +203,7 @@ def describe(what: str = DEFAULT_PRESET, *, json: Json = False) -> int:
 
 
 @app.command
-def data(name: Literal["shakespeare"] = "shakespeare", *, json: Json = False) -> int:
+def data(name: Literal["shakespeare"] = "shakespeare", /, *, json: Json = False) -> int:
     """Fetch and prepare a text that kobza knows -> the path of the file.
 
     Parameters
@@ -208,7 +215,7 @@ def data(name: Literal["shakespeare"] = "shakespeare", *, json: Json = False) ->
 
 
 @app.command
-def report(run: Path, *, json: Json = False) -> int:
+def report(run: Path, /, *, json: Json = False) -> int:
     """Draw a run's loss.png and report.html again, and print what the coach says of it.
 
     Parameters
@@ -220,7 +227,7 @@ def report(run: Path, *, json: Json = False) -> int:
 
 
 @app.command
-def replay(bundle: Path, *, json: Json = False) -> int:
+def replay(bundle: Path, /, *, json: Json = False) -> int:
     """Re-run the step that met an inf or nan and name the first bad tensor.
 
     Parameters
@@ -242,23 +249,57 @@ class Presets:
 
     def __call__(self, apps: Any, commands: tuple[str, ...], arguments: Any) -> None:
         """Called by cyclopts after argv is read and before the defaults; fills what argv left open."""
-        if commands != ("train",):
-            return
         given = {a.name: a.tokens[0].value or "true" for a in arguments if a.tokens and a.name.startswith("--")}
-        for values, source in self.sources(given):
-            run_from_dict(values, source)  # refuses unknown keys with the nearest name
-            Dict(values, use_commands_as_keys=False, source=source)(apps, commands, arguments)
+        for values, source in self.sources(given) if commands == ("train",) else ():
+            self.fill(arguments, self.flatten(values, source), source)
+        for argument in arguments:
+            for token in argument.tokens if argument.hint is int else ():
+                check_whole(argument.name, token.value)
+
+    def flatten(self, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """{"seed": 1, "train": {"steps": 2}} -> {"seed": 1, "train.steps": 2}; a name that nobody knows is refused."""
+        flat = {}
+        for name, value in values.items():
+            known = [*SECTIONS, "seed"]
+            require(name in known, f"{source}: unknown section {name!r}{nearest(name, known)}")
+            if name == "seed":
+                flat[name] = value
+                continue
+            require(isinstance(value, dict), f"{source}: {name} is {value!r}; it must be a section: [{name}]")
+            keys = [field.name for field in fields(SECTIONS[name])]
+            for key in value:
+                require(key in keys, f"{source} [{name}]: unknown key {key!r}{nearest(key, keys)}")
+                flat[f"{name}.{key}"] = value[key]
+        return flat
+
+    def fill(self, arguments: Any, flat: dict[str, Any], source: str) -> None:
+        """Give the arguments still open their values. Not by cyclopts' own Dict: it skips [train] and [data], being verbs."""
+        for argument in arguments:
+            name = argument.name.removeprefix("--").replace("-", "_")
+            if name in flat and not argument.tokens:
+                text = str(flat[name]).lower() if isinstance(flat[name], bool) else str(flat[name])
+                argument.append(Token(keyword=argument.name, value=text, source=source))
 
     def sources(self, given: dict[str, str]) -> list[tuple[dict[str, Any], str]]:
         """Where open fields come from, strongest first."""
-        if "--resume" in given:
-            if "--out" not in given:
-                raise InputError("--resume needs --out DIR, the run to go on with")
-            path = Path(given["--out"]) / "config.toml"
-            return [(load_toml(path), str(path))]
-        named = given.get("--preset", DEFAULT_PRESET)
         files = [(load_toml(Path(given["--config"])), given["--config"])] if "--config" in given else []
-        return [*files, (preset_(named), f"preset {named}")]
+        named = given.get("--preset", DEFAULT_PRESET)
+        if "--resume" not in given:
+            return [*files, (preset_(named), f"preset {named}")]
+        require("--out" in given, "--resume needs --out DIR, the run to go on with")
+        require("--preset" not in given, f"--preset {named} has no effect with --resume: the run has its own settings")
+        path = Path(given["--out"]) / "config.toml"
+        require(path.exists(), f"{path.parent}: no run here to go on with (no config.toml); start one without --resume")
+        return [*files, (load_toml(path), str(path))]
+
+
+def check_whole(name: str, value: str) -> None:
+    """Refuse 2.5 where a whole number is asked for: cyclopts would round it. What is no number at all it refuses itself."""
+    try:
+        whole = float(value).is_integer()
+    except ValueError:
+        return
+    require(whole, f"{name} is {value}; it must be a whole number")
 
 
 preset_ = preset  # `train` has a parameter of that name
@@ -268,16 +309,28 @@ app.config = (Presets(),)
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     try:
-        return app(sys.argv[1:] if argv is None else argv) or 0
+        return app(sys.argv[1:] if argv is None else argv, print_error=False, exit_on_error=False) or 0
     except InputError as error:
-        print(f"kobza: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error))
+    except CycloptsError as error:
+        command = " ".join(["kobza", *(error.command_chain or ())])
+        return complain(f"{error} See {command} --help")
     except KeyboardInterrupt:
         print("kobza: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone (`kobza ... | head`); Python would complain at exit
+    except BrokenPipeError:  # the reader has gone (`kobza ... | head`); Python would complain on flushing at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a folder that is none, no right to read, a full disk
+        where, full = f"{error.filename}: " if error.filename else "", error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space and call again; a run goes on with --resume" if full else "see that it can be read and written"
+        return complain(f"{where}{error.strerror or error}; what was saved before is whole; {remedy}")
+
+
+def complain(message: str) -> int:
+    """Say what is wrong with the input, on one line -> exit code 2."""
+    print("kobza:", " ".join(message.splitlines()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -33,6 +33,23 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
+def check_types(config: Any, prefix: str) -> None:
+    """Raise InputError unless every field of a dataclass holds what its annotation (a string, or Literal[...]) says."""
+    for f in dataclasses.fields(config):
+        _check_type(f"{prefix}{f.name}", getattr(config, f.name), f.type)
+
+
+def _check_type(what: str, value: Any, annotation: Any) -> None:
+    annotation = str(annotation)
+    if annotation.startswith("Literal"):
+        choices = [c.strip(" \"'") for c in annotation[annotation.index("[") + 1 : -1].split(",")]
+        require(value in choices, f"{what} is {value!r}; one of {', '.join(choices)}")
+        return
+    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}[annotation]
+    good = isinstance(value, allowed) and (annotation == "bool" or not isinstance(value, bool))
+    require(good, f"{what} is {value!r}; it must be of type {annotation}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What the network computes. Defaults are the modern small model (Transformer++ with ReLU^2)."""
@@ -59,6 +76,8 @@ class ModelConfig:
     """base of the rotary frequencies; only with position=rope"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), before each sub-layer and before the head"""
+    norm_weight: bool = True
+    """a learned factor a channel in each norm"""
     norm_eps: float = 1e-5
     """added to the variance"""
     qk_norm: bool = True
@@ -77,6 +96,7 @@ class ModelConfig:
     """share of activations dropped in training, in embedding, attention output and MLP output"""
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         set_ = object.__setattr__  # frozen: the zeros that mean "derived" are filled in once, here
         for name in ("n_layer", "n_head", "n_embd", "max_seq_len"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
@@ -122,6 +142,7 @@ class DataConfig:
     """begin each document with a beginning-of-text token"""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         require(0 < self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}; it must be between 0 and 1")
         if self.tokenizer == "char":
             require(self.vocab_size == 0, f"data.vocab_size {self.vocab_size} has no effect with tokenizer=char")
@@ -147,6 +168,8 @@ class TrainConfig:
     """peak learning rate of AdamW"""
     muon_lr: float = 0.02
     """peak learning rate of Muon; only with optimizer=muon"""
+    muon_momentum: float = 0.95
+    """decay of Muon's momentum; only with optimizer=muon"""
     beta1: float = 0.9
     """AdamW: decay of the gradient's mean"""
     beta2: float = 0.95
@@ -177,17 +200,21 @@ class TrainConfig:
     """stop once the validation loss is at or below this; 0: off"""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """number format of the matrix products; weights stay float32"""
+    kernels: Literal["auto", "off"] = "auto"
+    """fused forms of the blocks where kobza has them for this device and model"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles only where it will pay for itself"""
 
     def __post_init__(self) -> None:
+        check_types(self, "train.")
         for name in ("steps", "micro_batch", "accumulate", "eval_interval", "keep"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("lr", "muon_lr"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("weight_decay", "grad_clip", "warmup_steps", "eval_tokens", "checkpoint_interval", "patience"):
+        at_least_0 = ("weight_decay", "grad_clip", "warmup_steps", "eval_tokens", "checkpoint_interval", "patience")
+        for name in (*at_least_0, "stop_at"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"train.{name} is {getattr(self, name)}; it must be in [0, 1)")
         require(0 <= self.lr_floor <= 1, f"train.lr_floor is {self.lr_floor}; it is a share of lr, in [0, 1]")
         require(0 < self.decay_fraction <= 1, f"train.decay_fraction is {self.decay_fraction}; it must be in (0, 1]")
@@ -217,6 +244,7 @@ class SampleConfig:
     """of the draws; sample i uses seed + i"""
 
     def __post_init__(self) -> None:
+        check_types(self, "--")
         require(self.tokens > 0, f"--tokens is {self.tokens}; it must be at least 1")
         require(self.temperature >= 0, f"--temperature is {self.temperature}; it must be 0 (greedy) or above")
         require(self.top_k >= 0, f"--top-k is {self.top_k}; it must be 0 (off) or above")
@@ -240,6 +268,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_type("--seed", self.seed, "int")
         require(0 <= self.seed < 2**63, f"--seed is {self.seed}; it must be in [0, 2**63)")
 
 
@@ -255,23 +284,12 @@ def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
     return cls(**values)
 
 
-def _check_type(what: str, value: Any, annotation: str) -> None:
-    """Refuse a value that is not what the field's annotation (a string, or Literal[...]) says."""
-    annotation = str(annotation)
-    if annotation.startswith("Literal"):
-        choices = [c.strip(" \"'") for c in annotation[annotation.index("[") + 1 : -1].split(",")]
-        require(value in choices, f"{what} is {value!r}; one of {', '.join(choices)}")
-        return
-    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}[annotation]
-    good = isinstance(value, allowed) and (annotation == "bool" or not isinstance(value, bool))
-    require(good, f"{what} is {value!r}; it must be of type {annotation}")
-
-
 def run_from_dict(values: dict[str, Any], where: str) -> RunConfig:
     """A RunConfig from {"model": {...}, "data": {...}, "train": {...}, "seed": n}; missing parts take defaults."""
     known = [*SECTIONS, "seed"]
-    for key in values:
+    for key, value in values.items():
         require(key in known, f"{where}: unknown section {key!r}{nearest(key, known)}")
+        require(key == "seed" or isinstance(value, dict), f"{where}: {key} is {value!r}; it must be a table [{key}]")
     parts = {name: from_dict(cls, values.get(name, {}), f"{where} [{name}]") for name, cls in SECTIONS.items()}
     return RunConfig(**parts, seed=values.get("seed", 0))
 
@@ -287,6 +305,8 @@ def load_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from None
 

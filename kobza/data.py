@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,10 @@ class Documents:
 def _open(file: str) -> BinaryIO:
     if file == "-":
         return sys.stdin.buffer
-    return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
+    try:
+        return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def text_blocks(source: str, stream: BinaryIO) -> Iterator[str]:
@@ -125,7 +129,7 @@ def text_blocks(source: str, stream: BinaryIO) -> Iterator[str]:
 def _read_block(source: str, stream: BinaryIO) -> bytes:
     try:
         return stream.read(BLOCK_BYTES)
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:  # BadGzipFile is an OSError
         raise InputError(f"{source}: cannot be read: {error}") from None
 
 
@@ -159,6 +163,8 @@ def _jsonl_documents(file: str, stream: BinaryIO, field: str) -> Iterator[tuple[
             field in record, f"{where}: no field {field!r}{nearest(field, list(record))}; name it with --text-field"
         )
         require(isinstance(record[field], str), f"{where}: field {field!r} is not a string")
+        half = next((c for c in record[field] if "\ud800" <= c <= "\udfff"), None)
+        require(half is None, f"{where}: field {field!r} has half a surrogate pair, {half!r}, which no UTF-8 spells")
         yield where, iter([record[field]])
 
 
@@ -168,9 +174,12 @@ def _csv_documents(file: str, stream: BinaryIO, field: str) -> Iterator[tuple[st
     rows = csv.DictReader(_lines(text_blocks(file, stream)))
     columns = list(rows.fieldnames or [])
     require(field in columns, f"{file}: no column {field!r}{nearest(field, columns)}; name it with --text-field")
-    for row in rows:
-        if row[field]:
-            yield f"{file} line {rows.line_num}", iter([row[field]])
+    try:
+        for row in rows:
+            if row[field]:
+                yield f"{file} line {rows.line_num}", iter([row[field]])
+    except csv.Error as error:
+        raise InputError(f"{file} line {rows.line_num + 1}: not CSV: {error}") from None
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -275,11 +284,13 @@ def _token_blocks(documents: Documents, tokenizer: Tokenizer) -> Iterator[np.nda
     end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype=np.int32)
     for source, blocks in documents:
         yield begin
+        line = 1
         for block in blocks:
             try:
-                yield tokenizer.encode(block)
+                yield tokenizer.encode(block, line)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
+            line += block.count("\n")
         yield end
         yield None
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,10 +75,23 @@ def pick_precision(wanted: str, device: torch.device) -> str:
     return wanted
 
 
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep big freed blocks instead of returning them to the system: each step takes the same blocks again, and
+    the page faults of fresh ones cost a small model on a CPU a fifth of its time. Without effect on other C libraries."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold, one_gigabyte = -1, -3, 1 << 30  # names and values of malloc.h
+        mallopt(m_trim_threshold, one_gigabyte)
+        mallopt(m_mmap_threshold, one_gigabyte)
+
+
 def make_runtime(device: str, precision: str) -> Runtime:
     """The Runtime for a device name and a precision of TrainConfig; sets torch's float32 product mode to match."""
     chosen = pick_device(device)
     picked = pick_precision(precision, chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("highest" if picked == "fp32" else "high")
     return Runtime(chosen, picked)
 

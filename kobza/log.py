@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kobza.config import InputError
 
 REFRESH_SECONDS = 0.2  # a person sees no more, and each drawing takes a millisecond from the training
 
@@ -19,14 +23,15 @@ class MetricsLog:
     def __init__(self, path: Path, after_step: int = 0):
         """`after_step`: keep only the records up to that step, which a resumed run goes on from."""
         self.records = _records_until(path, after_step) if path.exists() else []
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._file.writelines(json.dumps(record) + "\n" for record in self.records)
-        self._file.flush()
+        aside = path.with_name(f".{path.name}.part")  # a kill or a full disk here must not cost the records there are
+        aside.write_text("".join(_line(record) for record in self.records), encoding="utf-8")
+        os.replace(aside, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def close(self) -> None:
@@ -34,11 +39,22 @@ class MetricsLog:
         self._file.close()
 
 
+def _line(record: dict[str, Any]) -> str:
+    """A record as a line of strict JSON, which has no nan and no inf."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def _records_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Records of a metrics file up to a step; a line that a kill cut short is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if record["step"] <= step]
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            records += [record] if record["step"] <= step else []
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} line {number}: not a record with a step: {line[:60]!r}; delete it") from None
+    return records
 
 
 class ProgressLine:

@@ -50,31 +50,39 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in float32, cast down before the weight is applied as Llama does. (..., C) -> (..., C)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, weight: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps) * self.weight.to(x.dtype)
+        y = rms_norm(x, self.eps)
+        return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
 class LayerNorm(nn.Module):
     """(x - mean(x)) / std(x) * weight + bias, in float32. (..., C) -> (..., C)."""
 
-    def __init__(self, size: int, eps: float, bias: bool):
+    def __init__(self, size: int, eps: float, weight: bool, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)  # torch's kernel computes in float32 inside
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis. rms_norm([3., 4.], 0) -> [0.85, 1.13]. Zhang & Sennrich 2019."""
-    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32. rms_norm([3., 4.], 0) -> [0.85, 1.13]. Zhang & Sennrich 2019."""
+    return F.rms_norm(widen(x), (x.shape[-1],), eps=eps).to(x.dtype)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64 (proofs run in it)."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rope_angles(max_seq_len: int, head_dim: int, theta: float) -> Tensor:
@@ -85,7 +93,7 @@ def rope_angles(max_seq_len: int, head_dim: int, theta: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) by their angles, in float32. x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2)."""
-    left, right = x.float().chunk(2, dim=-1)
+    left, right = widen(x).chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
 
@@ -106,7 +114,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.n_embd, kv_width, bias=config.bias)
         self.v_proj = Linear(config.n_embd, kv_width, bias=config.bias)
         self.o_proj = Linear(q_width, config.n_embd, bias=config.bias)
-        self.qk_norm = HeadNorm(config.norm_eps) if config.qk_norm else nn.Identity()
+        self.qk_norm = RMSNorm(config.head_dim, config.norm_eps, weight=False) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
@@ -122,17 +130,6 @@ class Attention(nn.Module):
         causal = mask is None and T == k.shape[2] and T > 1
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
-
-
-class HeadNorm(nn.Module):
-    """RMS norm of each head's query or key, without weights; logits then stay in a fixed range. Henry et al. 2020."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps)
 
 
 class ReLU2(nn.Module):
@@ -174,8 +171,8 @@ class GatedMLP(nn.Module):
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm that the config names, over n_embd."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, config.norm_eps)
-    return LayerNorm(config.n_embd, config.norm_eps, config.bias)
+        return RMSNorm(config.n_embd, config.norm_eps, config.norm_weight)
+    return LayerNorm(config.n_embd, config.norm_eps, config.norm_weight, config.bias)
 
 
 class Block(nn.Module):
@@ -288,8 +285,9 @@ def init_weights(model: GPT, seed: int) -> None:
 
     | tensor                | zero_init                     | GPT-2's rule (zero_init off)        |
     |-----------------------|-------------------------------|-------------------------------------|
-    | embed, position       | N(0, 0.02)                    | N(0, 0.02)                          |
-    | q k v gate up         | U(-s, s), s = sqrt(3 / fan_in)/2 | N(0, 0.02)                       |
+    | embed                 | N(0, 1): norms read its direction | N(0, 0.02)                      |
+    | position              | N(0, 0.02)                    | N(0, 0.02)                          |
+    | q k v gate up         | U(-s, s), s = sqrt(3 / fan_in)| N(0, 0.02)                          |
     | o_proj, down_proj     | 0: a block starts as identity | N(0, 0.02 / sqrt(2 n_layer))        |
     | lm_head (untied)      | 0: a guess over all V tokens  | N(0, 0.02)                          |
     | biases 0, norm weights 1                                                                    |
@@ -303,11 +301,11 @@ def init_weights(model: GPT, seed: int) -> None:
         elif zero and leaf in ("o_proj", "down_proj", "lm_head"):
             parameter.zero_()
         elif zero and leaf.endswith("_proj"):
-            bound = 0.5 * (3 / parameter.shape[1]) ** 0.5
+            bound = (3 / parameter.shape[1]) ** 0.5
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
         else:
             residual = leaf in ("o_proj", "down_proj")
-            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.02
+            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 1.0 if zero and leaf == "embed" else 0.02
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 

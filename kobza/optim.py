@@ -33,9 +33,11 @@ def check_partition(model: nn.Module, groups: dict[str, list[nn.Parameter]]) -> 
     assert not twice and not missing and len(grouped) == len(trainable), f"twice: {twice}; in no group: {missing}"
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over all, or Muon over the matrices and AdamW over the rest. Vectors never decay. Each group keeps its peak
-    rate as "peak_lr"; `set_lr` multiplies it."""
+def make_optimizers(
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """AdamW over all, or Muon (its products in `dtype`) over the matrices and AdamW over the rest. Vectors never decay. Each
+    group keeps its peak rate as "peak_lr"; `set_lr` multiplies it."""
     groups = parameter_groups(model)
     decay, muon = config.weight_decay, config.optimizer == "muon"
     adamw = {"embeddings": decay, "vectors": 0.0} | ({} if muon else {"matrices": decay})
@@ -43,7 +45,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, config.lr, betas, fused=True)]
     if muon:
-        optimizers.append(Muon(groups["matrices"], config.muon_lr, weight_decay=decay))
+        optimizers.append(Muon(groups["matrices"], config.muon_lr, config.muon_momentum, decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -104,9 +106,16 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0, n_steps: int = 5
+        self,
+        params: Any,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        n_steps: int = 5,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "n_steps": n_steps})
+        self.dtype = dtype  # of the orthogonalisation; bf16 is enough (Jordan 2024)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -127,8 +136,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov: look one step ahead
         stack = torch.stack(directions)  # (N, rows, cols)
-        # bf16 is enough here (Jordan 2024) and a GPU is many times faster in it; on a CPU float32 keeps resume simple
-        update = orthogonalize(stack.bfloat16() if stack.is_cuda else stack, group["n_steps"]).to(stack.dtype)
+        update = orthogonalize(stack.to(self.dtype), group["n_steps"]).to(stack.dtype)
         rows, cols = parameters[0].shape
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from kobza.checkpoint import (
     list_checkpoints,
     load_tensors,
     optimizer_tensors,
+    prune,
     save_checkpoint,
     verify,
     write_file,
@@ -45,8 +47,10 @@ def free_folder(path: Path) -> Path:
     return next(p for p in candidates if not p.exists())
 
 
-def lock(out: Path) -> filelock.BaseFileLock:
-    """A held lock on the run's folder; refused while another run writes there. Released when its process ends."""
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold the run's folder, made if need be; refused while another process does. A folder left empty goes again."""
+    fresh = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(out / ".lock")
@@ -55,7 +59,12 @@ def lock(out: Path) -> filelock.BaseFileLock:
         raise InputError(f"{out}: a live run is writing here; wait for it or take another --out") from None
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}; take another --out") from None
-    return held
+    try:
+        yield
+    finally:
+        if fresh and [path.name for path in out.iterdir()] == [".lock"]:
+            shutil.rmtree(out, ignore_errors=True)
+        held.release()
 
 
 # ---- open ----------------------------------------------------------------------------------------------------------
@@ -87,6 +96,8 @@ def resumed_run(out: Path, config: RunConfig) -> Run:
         for key in old:
             same = old[key] == new[key] or (section == "train" and key in MAY_CHANGE)
             require(same, f"{section}.{key} is {new[key]} but the run has {old[key]}; resume without it, or start anew")
+    stands, last = max([0, *list_checkpoints(out)]), config.train.steps
+    require(last >= stands, f"train.steps is {last} but the run stands at step {stands}; give more, or start anew")
     require(config.seed in (0, saved.seed), f"--seed {config.seed} but the run has {saved.seed}; resume without it")
     return open_run(out, replace(config, seed=saved.seed))
 
@@ -127,13 +138,23 @@ def write_tokens(out: Path, config: RunConfig, text: Sequence[str]) -> None:
 
 @dataclass
 class Standing:
-    """Where a training stands: counts, seconds spent, the best validation loss and the evaluations since."""
+    """Where a training stands: counts, seconds spent, the best validation loss, its step and the evaluations since."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best: float = math.inf
+    best: float | None = None
+    best_step: int = 0
     worse: int = 0
+
+    def note(self, loss: float) -> bool:
+        """Take in a validation loss -> whether it is the best so far."""
+        improved = math.isfinite(loss) and (self.best is None or loss < self.best)
+        if improved:
+            self.best, self.best_step, self.worse = loss, self.step, 0
+        else:
+            self.worse += 1
+        return improved
 
 
 @dataclass(frozen=True)
@@ -149,11 +170,18 @@ class Training:
 
 
 def save_training(run: Run, training: Training) -> None:
-    """Write the checkpoint of the step where the training stands, unless it is there."""
+    """Write the checkpoint of the step where the training stands, unless it is there; then name the best, drop the old."""
     standing = training.standing
     folder = checkpoint_path(run.out, standing.step)
-    if folder.exists():
-        return
+    if not folder.exists():
+        write_training(run, training, folder)
+    write_best(run.out, standing)
+    prune(run.out, run.config.train.keep)
+
+
+def write_training(run: Run, training: Training, folder: Path) -> None:
+    """Write a checkpoint with all that exact resuming needs."""
+    standing = training.standing
     tensors = optimizer_tensors(training.optimizers) | rng_state(training.device)
     state = {"standing": vars(standing), "batches": training.batches.state_dict()}
     state["scaler"] = training.scaler.state_dict() if training.scaler else None
@@ -165,11 +193,16 @@ def save_training(run: Run, training: Training) -> None:
 
 def restore_training(run: Run, training: Training) -> None:
     """Put the last checkpoint of the run into a training that was just made; nothing where there is none."""
+    for left in (run.out / "checkpoints").glob(".*.part"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     steps = list_checkpoints(run.out)
     if not steps:
         return
     folder = checkpoint_path(run.out, steps[-1])
-    verify(folder)
+    try:
+        verify(folder)
+    except InputError as error:
+        raise InputError(f"{error}; or delete {folder} to go on from the one before") from None
     fill_model(training.model, load_tensors(folder / "model.safetensors"), str(folder))
     tensors = load_tensors(folder / "training.safetensors")
     set_rng_state(tensors, training.device)
@@ -179,6 +212,13 @@ def restore_training(run: Run, training: Training) -> None:
     if training.scaler:
         training.scaler.load_state_dict(state["scaler"])
     vars(training.standing).update(state["standing"])
+    write_best(run.out, training.standing)  # a kill may have come between the checkpoint and this
+
+
+def write_best(out: Path, standing: Standing) -> None:
+    """Name the best checkpoint in best.json."""
+    if standing.best is not None:
+        write_file(out / "best.json", json.dumps({"step": standing.best_step, "val_loss": standing.best}))
 
 
 def is_finished(out: Path, steps: int) -> bool:

@@ -29,8 +29,8 @@ class Tokenizer:
         self.eot_id, self.bos_id = specials.get(EOT), specials.get(BOS)
         self.piece_bytes = np.array([len(piece) for piece in pieces], dtype=np.int64)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids (n,) int32 of a text; special tokens are never read out of it."""
+    def encode(self, text: str, line: int = 1) -> np.ndarray:
+        """Ids (n,) int32 of a text; special tokens are never read out of it. `line` is the number of its first line."""
         raise NotImplementedError
 
     def to_json(self) -> str:
@@ -91,28 +91,28 @@ class CharTokenizer(Tokenizer):
             seen.update(text)
         return cls("".join(sorted(seen)), unknown, specials)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, line: int = 1) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
-        return ids if (ids >= 0).all() else self._with_unknown(text, ids)
+        return ids if (ids >= 0).all() else self._with_unknown(text, ids, line)
 
-    def _with_unknown(self, text: str, ids: np.ndarray) -> np.ndarray:
+    def _with_unknown(self, text: str, ids: np.ndarray, line: int) -> np.ndarray:
         """Ids where -1 marks a character outside the vocabulary -> ids without, as `unknown` says."""
         where = np.flatnonzero(ids < 0)
         if self.unknown == "error":
-            raise InputError(self._complaint(text, where))
+            raise InputError(self._complaint(text, where, line))
         if self.unknown == "skip":
             return ids[ids >= 0]
         spelled = {i: [len(self.characters) + b for b in text[i].encode("utf-8", errors="replace")] for i in where}
         return np.fromiter((j for i, old in enumerate(ids) for j in spelled.get(i, (old,))), dtype=np.int32)
 
-    def _complaint(self, text: str, where: np.ndarray) -> str:
+    def _complaint(self, text: str, where: np.ndarray, line: int) -> str:
         """Names the characters outside the vocabulary and where each first stands."""
         first: dict[str, int] = {}
         for i in where[:100_000]:
             first.setdefault(text[i], int(i))
         places = [
-            f"{c!r} at line {text.count(chr(10), 0, i) + 1} column {i - text.rfind(chr(10), 0, i)}"
+            f"{c!r} at line {text.count(chr(10), 0, i) + line} column {i - text.rfind(chr(10), 0, i)}"
             for c, i in list(first.items())[:5]
         ]
         more = f" and {len(first) - 5} more" if len(first) > 5 else ""
@@ -173,7 +173,8 @@ class BPETokenizer(Tokenizer):
         inner.train_from_iterator(texts, trainer)
         return cls(inner)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, line: int = 1) -> np.ndarray:
+        text = text.encode("utf-8", errors="replace").decode("utf-8")  # half a surrogate pair, as of a bad byte in argv
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def to_json(self) -> str:
@@ -197,19 +198,30 @@ def train_tokenizer(texts: Iterable[str], config: DataConfig, specials: Sequence
 def load_tokenizer(path: Path, unknown: str = "error") -> Tokenizer:
     """The tokenizer of a tokenizer.json that kobza wrote. `unknown` (error or skip) is for characters."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model = content["model"]
-        vocab, merges = model["vocab"], model["merges"]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such tokenizer") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a BPE tokenizer.json ({error!r}); take it from a kobza checkpoint") from None
-    if merges:
-        from tokenizers import Tokenizer as Inner
-
-        return BPETokenizer(Inner.from_file(str(path)))
-    specials = [token["content"] for token in content["added_tokens"]]
-    names = sorted(vocab, key=vocab.__getitem__)
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: no such tokenizer ({error.strerror}); take it from a kobza checkpoint") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a tokenizer.json: {error}; take it from a kobza checkpoint") from None
+    try:
+        content = json.loads(text)
+        specials = [token["content"] for token in content["added_tokens"]]
+        if content["pre_tokenizer"] is not None:
+            return _bpe_from_json(text)
+        vocab, fallback = content["model"]["vocab"], content["model"]["byte_fallback"]
+        names = sorted(vocab, key=vocab.__getitem__)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a tokenizer.json ({error!r}); take it from a kobza checkpoint") from None
     require(sorted(vocab.values()) == list(range(len(names))), f"{path}: ids are not 0, 1, 2, ...; the file is damaged")
     characters = "".join(name for name in names if len(name) == 1)
-    return CharTokenizer(characters, "bytes" if model["byte_fallback"] else unknown, specials)
+    return CharTokenizer(characters, "bytes" if fallback else unknown, specials)
+
+
+def _bpe_from_json(text: str) -> BPETokenizer:
+    from tokenizers import Tokenizer as Inner
+
+    try:
+        inner = Inner.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(str(error)) from None
+    return BPETokenizer(inner)

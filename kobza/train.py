@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kobza.config import TrainConfig
+from kobza.model import widen
 from kobza.optim import schedule, set_lr
 
 IGNORE = -100  # a target that is not learned; torch's own default for cross_entropy
@@ -31,7 +32,7 @@ def next_token_loss(dtype: torch.dtype | None = None) -> LossFn:
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
         logits = model(inputs, dtype=dtype)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = F.cross_entropy(widen(logits.flatten(0, 1)), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return loss, (targets != IGNORE).sum()
 
     return loss_fn

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kobza.report.coach import Facts, meaning, remarks
 from kobza.report.landmarks import Landmarks, entropy, measure_landmarks
 from kobza.report.metrics import read_metrics, series
-from kobza.report.page import flatten, printable, render, short, write_report
+from kobza.report.page import flags, flatten, printable, render, short, write_report
 from kobza.report.picture import MAX_POINTS, decimate, loss_figure, smooth, spread, svg_text, write_png
 
 LANDMARKS = Landmarks(uniform=math.log(65), unigram=3.31, bigram=2.45, mean_token_bytes=1.0, mean_pair_count=800.0)
@@ -519,6 +519,12 @@ def test_the_page_of_a_run_that_hardly_began(records):
 def test_the_page_of_a_broken_run_says_so():
     records = [*HEALTHY[:300], {**HEALTHY[300], "train_loss": math.nan, "val_loss": math.nan}]
     assert "diverged" in parsed(render(records, LANDMARKS, FACTS, [], "broken", {})).text
+
+
+def test_flags_are_code_and_the_rest_is_escaped():
+    assert flags("<b> --train.steps=2e3, a--b or --model.n_embd).") == (
+        '&lt;b&gt; <code class="flag">--train.steps=2e3</code>, a--b or <code class="flag">--model.n_embd</code>).'
+    )
 
 
 def test_small_formats():

@@ -42,7 +42,7 @@ def parts(c: ModelConfig) -> list[Part]:
     attention = 2 * c.n_embd * (q + kv)
     ups = 2 if c.mlp == "swiglu" else 1
     mlp = (ups + 1) * c.n_embd * c.n_ff
-    norm_vectors = c.n_embd * (1 + (bias if c.norm == "layernorm" else 0))
+    norm_vectors = c.n_embd * (int(c.norm_weight) + (bias if c.norm == "layernorm" else 0))
     head = c.vocab_size * c.n_embd
     up_names = "gate, up" if ups == 2 else "up"
     rows = [Part("embedding", 1, f"{c.vocab_size} x {c.n_embd}", head, 0, 0)]

@@ -6,30 +6,31 @@ The loop itself is kobza.train; here stands what is done around its steps: look,
 from __future__ import annotations
 
 import json
-import math
+import shlex
 import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from kobza.checkpoint import checkpoint_path, list_checkpoints, prune, read_best, write_file
-from kobza.config import InputError, RunConfig, SampleConfig, TrainConfig, require
+from kobza.checkpoint import checkpoint_path, list_checkpoints, read_best
+from kobza.config import InputError, RunConfig, TrainConfig, require
 from kobza.data import Batches, bytes_per_token, eval_batches, overlap
 from kobza.describe.parts import training_bytes
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
 from kobza.doctor.blackbox import write_bundle
-from kobza.generate import generate
 from kobza.hub.shakespeare import default_text
+from kobza.kernels import cpu
 from kobza.log import MetricsLog, ProgressLine
 from kobza.model import GPT, build, n_parameters, training_flops_per_token
 from kobza.optim import make_optimizers
-from kobza.report.console import Commentator, mean_train_loss
+from kobza.report.console import Commentator, figures
 from kobza.report.pages import draw
 from kobza.run import (
     Run,
@@ -45,7 +46,6 @@ from kobza.run import (
 from kobza.train import NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
 
 EVAL_TOKENS = 200_000  # train.eval_tokens 0: enough that the loss of a window is known to about 0.003 nats
-SAMPLE_TOKENS = 120
 COMPILE_SECONDS = 60  # what torch.compile takes on a GPU machine before the first step
 
 
@@ -81,53 +81,53 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
     model = build(run.config.model, run.config.seed, device)
     batches = Batches(run.corpus.train, config.micro_batch, seq_len, run.config.seed, device)
     scaler = torch.amp.GradScaler(device.type) if runtime.precision == "fp16" else None
-    training = Training(model, make_optimizers(model, config), batches, scaler, Standing(), device)
+    optimizers = make_optimizers(model, config, runtime.compute_dtype)
+    training = Training(model, optimizers, batches, scaler, Standing(), device)
     restore_training(run, training)
     standing = training.standing
     compiled = compile_pays(config, runtime, model)
+    if config.kernels == "auto" and device.type == "cpu" and not compiled and cpu.supports(model.config):
+        cpu.use(model)
     network: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
     loss_fn = next_token_loss(runtime.compute_dtype)
     held_out = eval_batches(run.corpus.val, config.micro_batch, seq_len, config.eval_tokens or EVAL_TOKENS, device)
     val_bytes = bytes_per_token(run.corpus.val, run.tokenizer)
     metrics = MetricsLog(run.out / "metrics.jsonl", standing.step)
-    commentator = Commentator(run, n_parameters(model), console, metrics.records)
+    commentator = Commentator(run, model, console, metrics.records)
     where = f"{runtime.precision}{', compiled' if compiled else ''} on {device_name(device)}"
     commentator.introduce(where, overlap(run.corpus.train, run.corpus.val), standing.step)
     flops, peak = training_flops_per_token(model), peak_flops(device)
     line = ProgressLine(console, config.steps, standing.step)
-    steps = train(
-        network, training.optimizers, batches, config, loss_fn, standing.step, scaler, lambda: rng_state(device)
-    )
+    rng = partial(rng_state, device)
+    steps = train(network, training.optimizers, batches, config, loss_fn, standing.step, scaler, rng)
     outcome, before, began = "done", standing.seconds, time.perf_counter()
     with Interrupt() as interrupt:
         try:
             for step in steps:
                 standing.step, standing.tokens = step.step, standing.tokens + step.tokens
                 standing.seconds = before + time.perf_counter() - began
-                record = make_record(step, standing, config.lr)
-                due = step.step % config.eval_interval == 0 or step.step == config.steps
-                improved = False
-                if due:
+                record, last = make_record(step, standing, config.lr), step.step == config.steps
+                look, improved = last or step.step % config.eval_interval == 0, False
+                save = last or interrupt.asked or step.step % (config.checkpoint_interval or config.eval_interval) == 0
+                if look or save:
+                    refuse_spoiled(model, step.step, rng())
+                if look:
                     loss = evaluate(network, held_out, loss_fn)
                     record |= {"val_loss": round(loss, 6), "val_bpb": round(bits_per_byte(loss, val_bytes), 6)}
-                    improved = loss < standing.best
-                    standing.best, standing.worse = min(loss, standing.best), 0 if improved else standing.worse + 1
+                    improved = standing.note(loss)
                     outcome = stop_reason(config, loss, standing)
                 metrics.write(record)
                 line.step(step.step, figures(record, flops, peak))
                 if board:
                     write_board(board, record)
-                if due:
-                    passage = sample(model, run, standing.step)
-                    commentator.evaluation(record, mean_train_loss(metrics.records, config.eval_interval), passage)
-                stopping = interrupt.asked or outcome != "done"
-                if improved or stopping or step.step % save_every(config) == 0 or step.step == config.steps:
+                if save or improved or outcome != "done":
                     save_training(run, training)
-                    if improved:
-                        write_file(run.out / "best.json", json.dumps({"step": step.step, "val_loss": standing.best}))
-                    prune(run.out, config.keep)
-                if stopping:
-                    outcome = "interrupted" if interrupt.asked else outcome
+                if look:
+                    commentator.evaluation(record)
+                if interrupt.asked and not last:
+                    save_training(run, training)
+                    outcome = "interrupted"
+                if outcome != "done":
                     break
         except NonFinite as failure:
             return give_up(failure, run, model, runtime)
@@ -135,15 +135,24 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
             line.close()
             metrics.close()
     if outcome == "interrupted":
-        console.print(f"interrupted at step {standing.step}; saved. Go on: kobza train --resume --out {run.out}")
+        go_on = f"kobza train --resume --out {shlex.quote(str(run.out))}"
+        console.print(f"interrupted at step {standing.step}; saved. Go on: {go_on}", markup=False)
         return 130
     picture, page = draw(run.out, n_parameters(model))
-    best = read_best(run.out) or {"step": standing.step, "val_loss": math.inf}
+    best = read_best(run.out) or {"step": standing.step, "val_loss": None}
     commentator.conclude(outcome, best, standing.seconds, picture, page)
     if as_json:
         summary = {"run": str(run.out), "outcome": outcome, "best": best, "picture": str(picture), "report": str(page)}
-        print(json.dumps(summary | vars(standing)))
+        print(json.dumps(summary | {key: getattr(standing, key) for key in ("step", "tokens", "seconds")}))
     return 0
+
+
+def refuse_spoiled(model: GPT, step: int, rng: dict[str, Tensor]) -> None:
+    """Raise NonFinite if an update has made a weight inf or nan: such a model is neither judged nor saved."""
+    for name, parameter in model.named_parameters():
+        bad = parameter[~parameter.isfinite()]
+        if len(bad):
+            raise NonFinite(step, f"weight {name}", float(bad[0]), [], rng)
 
 
 def check_memory(config: RunConfig, runtime: Runtime) -> None:
@@ -187,11 +196,6 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def save_every(config: TrainConfig) -> int:
-    """Steps between checkpoints."""
-    return config.checkpoint_interval or config.eval_interval
-
-
 def stop_reason(config: TrainConfig, loss: float, standing: Standing) -> str:
     """Why to stop after this evaluation; "done" where only the last step is a reason."""
     if config.stop_at and loss <= config.stop_at:
@@ -212,23 +216,6 @@ def make_record(step: Step, standing: Standing, lr: float) -> dict[str, Any]:
         "seconds": round(standing.seconds, 4),
         "tokens_per_second": round(step.tokens / step.seconds, 1),
     }
-
-
-def figures(record: dict[str, Any], flops: int, peak: float | None) -> str:
-    """The progress line's text."""
-    rate = record["tokens_per_second"]
-    speed = f"MFU {rate * flops / peak:.0%}" if peak else f"{rate * flops / 1e9:.0f} GFLOP/s"
-    val = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
-    return f"loss {record['train_loss']:.4f}{val}  {rate:,.0f} tokens/s  {speed}"
-
-
-def sample(model: GPT, run: Run, step: int) -> str:
-    """A passage by the model as it stands, begun with a line end where there is one."""
-    begin = run.tokenizer.encode("\n").tolist() if b"\n" in run.tokenizer.pieces else [0]
-    ends = [] if run.tokenizer.eot_id is None else [run.tokenizer.eot_id]
-    config = SampleConfig(tokens=SAMPLE_TOKENS, seed=run.config.seed + step)
-    ids = [choice.ids[0] for choice in generate(model, [begin], config, ends)]
-    return run.tokenizer.decode([i for i in ids if i is not None])
 
 
 def make_board(out: Path) -> Any:
@@ -252,8 +239,7 @@ def give_up(failure: NonFinite, run: Run, model: GPT, runtime: Runtime) -> int:
     shutil.rmtree(bundle, ignore_errors=True)
     write_bundle(bundle, model, run.config, failure, runtime.precision)
     steps = list_checkpoints(run.out)
-    good = (
-        f"the last good checkpoint is {checkpoint_path(run.out, steps[-1])}" if steps else "no checkpoint was due yet"
-    )
-    print(f"kobza: {failure}; {good}; name the first bad tensor with: kobza replay {bundle}", file=sys.stderr)
+    good = f"the last good checkpoint is {checkpoint_path(run.out, steps[-1])}" if steps else "none was saved before"
+    what = f"{failure.what} is {failure.value} at step {failure.step}"
+    print(f"kobza: {what}; {good}; name the first bad tensor with: kobza replay {bundle}", file=sys.stderr)
     return 1

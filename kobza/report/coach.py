@@ -6,12 +6,15 @@ as well as a finished one. They are shy: a rule that is not sure says nothing, b
 Nothing here draws or prints; `page.py` shows the remarks.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from kobza.report.metrics import is_number, series
+from kobza.report.landmarks import Landmarks
+from kobza.report.metrics import Record, is_number, series
 
 # How sure a rule must be. All shares are of the loss itself, so that they serve characters and tokens alike.
 NOISE_FLOOR = 0.0025  # an evaluation wobbles by a quarter of a percent at least, however calm the few seen look
@@ -97,7 +100,7 @@ class Curves:
 # ---- what one loss means ----
 
 
-def meaning(val_loss, landmarks):
+def meaning(val_loss: float, landmarks: Landmarks) -> str:
     """A loss in nats per token, Landmarks -> what it means for this vocabulary, in a sentence or three."""
     if not math.isfinite(val_loss):
         return f"The loss is {val_loss}: training has broken down and the weights are of no use."
@@ -110,7 +113,7 @@ def meaning(val_loss, landmarks):
     return " ".join(words)
 
 
-def place(loss, landmarks):
+def place(loss: float, landmarks: Landmarks) -> str:
     """A loss -> where it stands among the landmarks."""
     uniform, unigram, bigram = landmarks.uniform, landmarks.unigram, landmarks.bigram
     if loss > uniform * (1 + NEAR):
@@ -130,7 +133,7 @@ def place(loss, landmarks):
     return below_bigram(loss, landmarks)
 
 
-def between_uniform_and_unigram(loss, uniform, unigram):
+def between_uniform_and_unigram(loss: float, uniform: float, unigram: float) -> str:
     """A loss above the unigram entropy -> how far it is from knowing nothing."""
     share = (uniform - loss) / (uniform - unigram)
     if share < 0.1:
@@ -141,7 +144,7 @@ def between_uniform_and_unigram(loss, uniform, unigram):
     )
 
 
-def below_bigram(loss, landmarks):
+def below_bigram(loss: float, landmarks: Landmarks) -> str:
     """A loss below the bigram entropy -> what the longer context is used for, roughly."""
     share = loss / landmarks.bigram
     start = f"{loss:.2f} is {share:.0%} of what token pairs alone give ({landmarks.bigram:.2f})"
@@ -155,7 +158,7 @@ def below_bigram(loss, landmarks):
     return f"{start}: most words are spelled. Expect phrases that hold together for a line or so."
 
 
-def unsureness(loss, landmarks):
+def unsureness(loss: float, landmarks: Landmarks) -> str:
     """A loss -> its perplexity in words, and bits per byte where the bytes of a token are known."""
     vocab_size = round(math.exp(landmarks.uniform))
     text = f"It is as unsure as between {math.exp(min(loss, 50.0)):,.1f} equally likely tokens of {vocab_size:,}"
@@ -167,7 +170,7 @@ def unsureness(loss, landmarks):
 # ---- the curves, taken from the records once ----
 
 
-def read_curves(records):
+def read_curves(records: list[Record]) -> Curves:
     """Records -> Curves."""
     step, train = series(records, "train_loss")
     eval_step, val = series(records, "val_loss")
@@ -188,7 +191,7 @@ def read_curves(records):
     )
 
 
-def train_around(eval_step, step, train):
+def train_around(eval_step: np.ndarray, step: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Steps of evaluations (E,), steps and train losses (R,) -> train loss near each evaluation (E,).
 
     The mean over a quarter of the interval on both sides: on both, so that an early steep fall does not look like a
@@ -203,7 +206,7 @@ def train_around(eval_step, step, train):
     return (sums[high] - sums[low]) / (high - low)
 
 
-def evaluation_noise(val):
+def evaluation_noise(val: np.ndarray) -> float:
     """Validation losses (E,) -> standard deviation of one of them, at least NOISE_FLOOR of the lowest.
 
     From third differences, whose variance is 20 times that of one value: a smooth bend leaves almost nothing in them.
@@ -216,30 +219,30 @@ def evaluation_noise(val):
     return max(floor, noise * (1 + 2 / len(late)))  # a few differences may all happen to be small
 
 
-def difference_noise(values):
+def difference_noise(values: np.ndarray) -> float:
     """Values (R,) -> standard deviation of one around a slowly moving mean, from the differences of neighbours."""
     if len(values) < 2:
         return 0.0
     return float(1.4826 * np.median(np.abs(np.diff(values))) / math.sqrt(2))  # 1.4826: MAD to standard deviation
 
 
-def first_broken(records):
+def first_broken(records: list[Record]) -> int | None:
     """Records -> the first step whose train or validation loss is NaN or infinite, or None."""
     losses = ((r["step"], r.get(key)) for r in records for key in ("train_loss", "val_loss"))
     return next((step for step, loss in losses if is_number(loss) and not math.isfinite(loss)), None)
 
 
-def recent_count(curves):
+def recent_count(curves: Curves) -> int:
     """How many of the last records count as "now"."""
     return max(RECENT_RECORDS, int(RECENT_SHARE * len(curves.train)))
 
 
-def recent_loss(curves):
+def recent_loss(curves: Curves) -> float:
     """The median of the latest train losses."""
     return float(np.median(curves.train[-recent_count(curves) :]))
 
 
-def median_noise(curves):
+def median_noise(curves: Curves) -> float:
     """Standard deviation of the median that `recent_loss` takes."""
     return 1.25 * curves.train_noise / math.sqrt(recent_count(curves))  # 1.25: median against mean of a normal
 
@@ -247,7 +250,7 @@ def median_noise(curves):
 # ---- the rules ----
 
 
-def overfitting(curves, landmarks, facts):
+def overfitting(curves: Curves, landmarks: Landmarks, facts: Facts) -> Remark | None:
     """Validation loss above its best for three evaluations, beyond noise, while train loss falls."""
     val, train = curves.val, curves.train_at_eval
     if len(val) <= OVERFIT_EVALS:
@@ -270,7 +273,7 @@ def overfitting(curves, landmarks, facts):
     )
 
 
-def rate_too_high(curves, landmarks, facts):
+def rate_too_high(curves: Curves, landmarks: Landmarks, facts: Facts) -> Remark | None:
     """A loss that broke, ended above where it began or above ln V, rose from its lowest, or spiked again and again."""
     seen = rate_trouble(curves, landmarks, facts)
     if seen is None:
@@ -287,7 +290,7 @@ def rate_too_high(curves, landmarks, facts):
     )
 
 
-def rate_trouble(curves, landmarks, facts):
+def rate_trouble(curves: Curves, landmarks: Landmarks, facts: Facts) -> tuple[int, str] | None:
     """-> (step, text) of the gravest sign that the learning rate is too high, or None."""
     if curves.broken_step is not None:
         return curves.broken_step, f"The loss is not a finite number at step {curves.broken_step:,}: training diverged."
@@ -314,7 +317,7 @@ def rate_trouble(curves, landmarks, facts):
     return None
 
 
-def lowest_stretch(curves):
+def lowest_stretch(curves: Curves) -> tuple[int, float]:
     """-> (step, loss) of the stretch of records with the lowest median train loss."""
     count = recent_count(curves)
     blocks = [curves.train[i : i + count] for i in range(0, len(curves.train) - count + 1, count)]
@@ -323,7 +326,7 @@ def lowest_stretch(curves):
     return int(curves.step[lowest * count + count // 2]), medians[lowest]
 
 
-def no_learning(curves, landmarks, facts):
+def no_learning(curves: Curves, landmarks: Landmarks, facts: Facts) -> Remark | None:
     """Loss at or above the unigram entropy after warm-up and a fair share of the steps, and not falling."""
     fair = facts.warmup_steps + FAIR_SHARE * max(facts.steps - facts.warmup_steps, 0)
     if curves.last_step < fair or len(curves.train) < RECENT_RECORDS or rate_too_high(curves, landmarks, facts):
@@ -341,13 +344,13 @@ def no_learning(curves, landmarks, facts):
     )
 
 
-def is_falling(curves):
+def is_falling(curves: Curves) -> bool:
     """True when the last quarter of the train losses lies clearly below the quarter before."""
     _, _, before, now = np.array_split(curves.train, 4)
     return bool(np.median(now) < np.median(before) * (1 - STILL_FALLING))
 
 
-def no_learning_remedy(lr):
+def no_learning_remedy(lr: float) -> str:
     """The learning rate -> what to try first."""
     if lr < LOW_RATE:
         return f"Raise --train.lr (now {lr:g}) to {LOW_RATE:g} or more."
@@ -356,7 +359,7 @@ def no_learning_remedy(lr):
     return f"Look at the text first (is it shuffled or random?), then try --train.lr={lr * 3:.1g} and {lr / 3:.1g}."
 
 
-def spikes(curves, landmarks, facts):
+def spikes(curves: Curves, landmarks: Landmarks, facts: Facts) -> Remark | None:
     """A train loss far above the recent ones, together with a jump of the gradient norm."""
     found = find_spikes(curves)
     if not found:
@@ -375,7 +378,7 @@ def spikes(curves, landmarks, facts):
     )
 
 
-def find_spikes(curves):
+def find_spikes(curves: Curves) -> list[int]:
     """-> indices of the records where a spike begins; those within a window of the last are the same spike."""
     loss, window = curves.train, SPIKE_WINDOW
     if len(loss) <= window:
@@ -392,7 +395,7 @@ def find_spikes(curves):
     return begins
 
 
-def grad_jumped(curves, i):
+def grad_jumped(curves: Curves, i: int) -> bool:
     """True when the gradient norm jumped at record i or just before it; true as well where none was recorded."""
     now, past = curves.grad_norm[i - 1 : i + 1], curves.grad_norm[i - SPIKE_WINDOW : i - 1]
     if np.isnan(now).all() or np.isnan(past).all():
@@ -400,7 +403,7 @@ def grad_jumped(curves, i):
     return bool(np.nanmax(now) > SPIKE_GRAD * np.nanmedian(past))
 
 
-def grad_text(curves, i):
+def grad_text(curves: Curves, i: int) -> str:
     """Record i -> its gradient norm beside the usual one, or nothing where none was recorded."""
     past = curves.grad_norm[i - SPIKE_WINDOW : i]
     if np.isnan(curves.grad_norm[i]) or np.isnan(past).all():
@@ -408,7 +411,7 @@ def grad_text(curves, i):
     return f" (gradient norm {curves.grad_norm[i]:.2g}, usually {np.nanmedian(past):.2g})"
 
 
-def plateau(curves, landmarks, facts):
+def plateau(curves: Curves, landmarks: Landmarks, facts: Facts) -> Remark | None:
     """No gain in validation loss over half of the planned steps."""
     span = PLATEAU_SPAN * facts.steps
     age = curves.last_step - curves.eval_step
@@ -433,7 +436,7 @@ def plateau(curves, landmarks, facts):
     )
 
 
-def exhausted_data(curves, landmarks, facts):
+def exhausted_data(curves: Curves, landmarks: Landmarks, facts: Facts) -> Remark | None:
     """More than four epochs over the corpus, and validation loss draws away from train loss."""
     epochs = curves.tokens / max(facts.train_tokens, 1)
     gap = curves.val - curves.train_at_eval
@@ -455,7 +458,7 @@ def exhausted_data(curves, landmarks, facts):
     )
 
 
-def still_improving(curves, landmarks, facts):
+def still_improving(curves: Curves, landmarks: Landmarks, facts: Facts) -> Remark | None:
     """A finished run whose validation loss fell clearly in its last fifth."""
     val = curves.val
     if curves.last_step < FINISHED * facts.steps or len(val) < 4 or val[-1] > val.min():
@@ -476,7 +479,7 @@ def still_improving(curves, landmarks, facts):
 RULES = (rate_too_high, no_learning, overfitting, spikes, exhausted_data, plateau, still_improving)
 
 
-def remarks(records, landmarks, facts):
+def remarks(records: list[Record], landmarks: Landmarks, facts: Facts) -> list[Remark]:
     """Records, Landmarks, Facts -> the Remarks that apply, warnings first. A healthy run gets none."""
     curves = read_curves(records)
     found = [rule(curves, landmarks, facts) for rule in RULES]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from kobza.config import SampleConfig
+from kobza.generate import generate
+from kobza.model import GPT, n_parameters
 from kobza.report.coach import Facts, meaning, remarks
 from kobza.report.landmarks import measure_landmarks
 from kobza.run import Run
 
+SAMPLE_TOKENS = 120
 SAMPLE_LINES = 6
+PROMPT_LETTERS = 24
 
 
 def facts_of(run: Run, n_params: int) -> Facts:
@@ -35,28 +41,31 @@ def facts_of(run: Run, n_params: int) -> Facts:
 class Commentator:
     """Prints a run's course to a console and keeps its samples in samples.jsonl."""
 
-    def __init__(self, run: Run, n_params: int, console: Console, records: list[dict[str, Any]]):
-        self.run, self.console, self.records = run, console, records
-        self.facts = facts_of(run, n_params)
-        self.landmarks = measure_landmarks(run.corpus.train.array(20_000_000), run.tokenizer.vocab_size)
+    def __init__(self, run: Run, model: GPT, console: Console, records: list[dict[str, Any]]):
+        self.run, self.model, self.console, self.records = run, model, console, records
+        self.facts = facts_of(run, n_parameters(model))
+        ids = run.corpus.train.array(20_000_000)
+        self.landmarks = measure_landmarks(ids, run.tokenizer.vocab_size, run.tokenizer.piece_bytes)
         self.said: set[str] = set()
 
     def introduce(self, where: str, overlap: float, first_step: int) -> None:
         """Text, model, machine, and what losses mean for this vocabulary."""
         index, c, marks = self.run.corpus.index, self.run.config, self.landmarks
         say = self.console.print
+        say(f"run       {escape(str(self.run.out))}")
         say(
-            f"text      {index['n_bytes']:,} bytes, {index['n_tokens']:,} tokens of {index['vocab_size']:,} kinds, "
-            f"{index['n_documents']:,} document(s); the last {c.data.val_fraction:.0%} validates"
+            f"text      {escape(named(index['files']))}: {index['n_bytes']:,} bytes, {index['n_tokens']:,} tokens of "
+            f"{index['vocab_size']:,} kinds, {count(index['n_documents'], 'document')}; the last "
+            f"{c.data.val_fraction:.0%} validates"
         )
-        say(f"model     {self.facts.n_params:,} parameters: {c.model.n_layer} layers of {c.model.n_embd}, "
-            f"{c.model.n_head} heads, context {c.model.max_seq_len}")  # fmt: skip
+        say(f"model     {self.facts.n_params:,} parameters: {count(c.model.n_layer, 'layer')} of {c.model.n_embd}, "
+            f"{count(c.model.n_head, 'head')}, context {c.model.max_seq_len}")  # fmt: skip
         tokens = c.train.steps * c.train.micro_batch * c.train.accumulate * c.model.max_seq_len
         epochs = tokens / len(self.run.corpus.train)
-        say(f"training  {c.train.steps:,} steps, {tokens:,} tokens ({epochs:.1f} times the text), {where}")
+        say(f"training  {c.train.steps:,} steps, {tokens:,} tokens ({epochs:.2f} times the text), {where}")
         say(
-            f"losses    knows nothing: {marks.uniform:.3f} nats a token; knows how frequent tokens are: "
-            f"{marks.unigram:.3f}; knows which token follows which: {marks.bigram:.3f}"
+            f"losses    in nats a token: {marks.uniform:.3f} knows nothing, {marks.unigram:.3f} how frequent tokens are, "
+            f"{marks.bigram:.3f} which token follows which; lower is better"
         )
         if overlap > 0.01:
             say(f"warning   {overlap:.1%} of the validation text stands word for word in the training text: "
@@ -64,21 +73,31 @@ class Commentator:
         if first_step:
             say(f"resumed   at step {first_step:,}")
 
-    def evaluation(self, record: dict[str, Any], train_loss: float, sample: str) -> None:
+    def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation's figures, a sample and what the coach newly remarks."""
         val, say = record["val_loss"], self.console.print
+        train_loss, sample = mean_train_loss(self.records, self.facts.eval_interval), self.sample(record["step"])
         say(
             f"\n[bold]step {record['step']:,}[/bold]  train {train_loss:.4f}  val {val:.4f}  "
             f"{record['val_bpb']:.3f} bits/byte  perplexity {math.exp(min(val, 700)):.2f}  {record['seconds']:.1f} s"
         )
-        lines = sample.strip("\n").split("\n")[:SAMPLE_LINES]
-        say("\n".join(f"  [dim]|[/dim] {escape(line)}" for line in lines))
+        for line in shown_lines(sample):
+            say(f"  [dim]|[/dim] {escape(line)}")
         with open(self.run.out / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": record["step"], "text": sample}, ensure_ascii=False) + "\n")
         for remark in remarks(self.records, self.landmarks, self.facts):
             if remark.code not in self.said and remark.severity == "warning":
                 self.said.add(remark.code)
                 say(f"  coach: {escape(remark.text)} {escape(remark.remedy)}", style="yellow")
+
+    def sample(self, step: int) -> str:
+        """A passage by the model as it stands, begun with a line end where there is one."""
+        tokenizer = self.run.tokenizer
+        begin = tokenizer.encode("\n").tolist() if b"\n" in tokenizer.pieces else [0]
+        ends = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+        config = SampleConfig(tokens=SAMPLE_TOKENS, seed=self.run.config.seed + step)
+        ids = [choice.ids[0] for choice in generate(self.model, [begin], config, ends)]
+        return tokenizer.decode([i for i in ids if i is not None])
 
     def conclude(self, outcome: str, best: dict[str, Any], seconds: float, picture: Any, page: Any) -> None:
         """What was reached, what it means, and what to try next."""
@@ -89,8 +108,40 @@ class Commentator:
         say(f"  {escape(meaning(best['val_loss'], self.landmarks))}")
         for remark in remarks(self.records, self.landmarks, self.facts):
             say(f"  coach: {escape(remark.text)} {escape(remark.remedy)}")
-        say(f"\npicture   {picture}\nreport    {page}\nnext      kobza generate {out} --prompt 'ROMEO:'\n"
-            f"          kobza chat {out}\n          kobza describe {out}")  # fmt: skip
+        folder, prompt = escape(shlex.quote(str(out))), escape(shlex.quote(self.prompt()))
+        say(escape(f"\npicture   {picture}\nreport    {page}"))
+        say(f"next      kobza generate {folder} --prompt {prompt}\n"
+            f"          kobza chat {folder}\n          kobza describe {folder}")  # fmt: skip
+
+    def prompt(self) -> str:
+        """The first words of the text, to try the model with."""
+        text = self.run.tokenizer.decode(self.run.corpus.train.array(200).tolist())
+        line = next((line.strip() for line in text.split("\n") if line.strip()), "")
+        return line if len(line) <= PROMPT_LETTERS else line[:PROMPT_LETTERS].rpartition(" ")[0] or line[:1]
+
+
+def shown_lines(sample: str) -> list[str]:
+    """The first lines of a sample for a terminal: no empty ones at the ends, no control characters."""
+    printable = "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in sample.replace("\t", "    "))
+    return "\n".join(printable.strip("\n").split("\n")[:SAMPLE_LINES]).rstrip().split("\n")
+
+
+def count(n: int, noun: str) -> str:
+    """A number and its noun. count(1, "layer") -> "1 layer", count(2, "layer") -> "2 layers"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def named(files: list[str]) -> str:
+    """The first files' names. named(["a", "b", "c", "d"]) -> "a, b, c and more"."""
+    return ", ".join(files[:3]) + (" and more" if len(files) > 3 else "")
+
+
+def figures(record: dict[str, Any], flops: int, peak: float | None) -> str:
+    """The progress line's text, from a record and the FLOPs of a token."""
+    rate = record["tokens_per_second"]
+    speed = f"MFU {rate * flops / peak:.0%}" if peak else f"{rate * flops / 1e9:.0f} GFLOP/s"
+    val = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
+    return f"loss {record['train_loss']:.4f}{val}  {rate:,.0f} tokens/s  {speed}"
 
 
 def mean_train_loss(records: list[dict[str, Any]], interval: int) -> float:

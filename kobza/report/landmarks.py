@@ -1,6 +1,9 @@
 """Train token ids -> the losses that mean something for this vocabulary and this text: `Landmarks`."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +31,9 @@ class Landmarks:
     mean_pair_count: float | None = None
 
 
-def measure_landmarks(ids, vocab_size, token_bytes=None):
+def measure_landmarks(
+    ids: np.ndarray, vocab_size: int, token_bytes: Sequence[int] | np.ndarray | None = None
+) -> Landmarks:
     """Token ids (N,), vocab_size[, token_bytes (V,) bytes of each token] -> Landmarks, from the first 20M tokens.
 
     `measure_landmarks([0, 1, 0, 1, 0], 2)` has bigram 0: after a 0 there is always a 1. Pairs that straddle two
@@ -50,7 +55,7 @@ def measure_landmarks(ids, vocab_size, token_bytes=None):
     )
 
 
-def check_ids(ids, vocab_size):
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
     """Refuse ids that are not at least two whole numbers within the vocabulary."""
     if vocab_size < 2:
         raise ValueError(f"vocab_size is {vocab_size} but at least 2 are needed; train the tokenizer on more text")
@@ -65,7 +70,7 @@ def check_ids(ids, vocab_size):
         )
 
 
-def count_pairs(ids, vocab_size):
+def count_pairs(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """Ids (N,) int64 -> counts (P,) of the P different pairs of neighbours that occur."""
     pairs = ids[:-1] * vocab_size + ids[1:]
     if vocab_size**2 <= DENSE_PAIRS:
@@ -74,7 +79,7 @@ def count_pairs(ids, vocab_size):
     return np.unique(pairs, return_counts=True)[1]
 
 
-def entropy(counts):
+def entropy(counts: Sequence[int] | np.ndarray) -> float:
     """Counts -> entropy of their shares, in nats. `entropy([1, 1]) -> 0.693`"""
     counts = np.asarray(counts, dtype=float)
     counts = counts[counts > 0]
@@ -82,7 +87,7 @@ def entropy(counts):
     return max(float(np.log(total) - (counts * np.log(counts)).sum() / total), 0.0)
 
 
-def mean_bytes(counts, token_bytes):
+def mean_bytes(counts: np.ndarray, token_bytes: Sequence[int] | np.ndarray) -> float:
     """Counts (V,), bytes of each token (V,) -> bytes per token of this text."""
     if len(token_bytes) != len(counts):
         raise ValueError(

@@ -1,13 +1,18 @@
 """What a training run left in `metrics.jsonl` -> records and arrays; the other files of this room start here."""
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+Record = dict[str, Any]  # a line of metrics.jsonl: "step" and whatever numbers were measured at it
 
-def read_metrics(path):
+
+def read_metrics(path: str | Path) -> list[Record]:
     """A `metrics.jsonl` -> its records, a list of dicts in order of step.
 
     A last line cut short (the run was killed while writing) is left out. A resumed run writes some steps again:
@@ -26,23 +31,23 @@ def read_metrics(path):
     return records
 
 
-def series(records, key):
+def series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Records, a key -> (steps, values): float arrays of the records where the key holds a finite number."""
     kept = [(r["step"], r[key]) for r in records if is_finite(r.get(key))]
     return np.array([s for s, _ in kept], dtype=float), np.array([v for _, v in kept], dtype=float)
 
 
-def is_number(value):
+def is_number(value: Any) -> bool:
     """True for an int or a float (NaN and infinity too), not for a bool, None or text."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_finite(value):
+def is_finite(value: Any) -> bool:
     """True for a number that is neither NaN nor infinite."""
     return is_number(value) and math.isfinite(value)
 
 
-def was_cut_short(tail):
+def was_cut_short(tail: bytes) -> bool:
     """True when the bytes after the last newline are not one JSON value. A cut object never is: it lacks its brace."""
     try:
         json.loads(tail)
@@ -51,7 +56,7 @@ def was_cut_short(tail):
     return False
 
 
-def parse_record(line, path, number):
+def parse_record(line: bytes, path: Path, number: int) -> Record:
     """One line -> its record, a dict with an int `step`."""
     where = f"{path}, line {number}"
     shown = line[:60].decode("utf-8", "replace")
@@ -69,7 +74,7 @@ def parse_record(line, path, number):
     return record
 
 
-def add_record(records, record):
+def add_record(records: list[Record], record: Record) -> None:
     """Append a record, first dropping those at its step or later: a resumed run wrote them again."""
     while records and records[-1]["step"] >= record["step"]:
         records.pop()

@@ -4,17 +4,21 @@ The page needs no network and runs no script; its content policy forbids both, s
 model wrote, stays text. It follows the reader's light or dark setting and fits a phone.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from kobza.report.coach import meaning, remarks
-from kobza.report.metrics import is_finite, series
+from kobza.report.coach import Facts, meaning, remarks
+from kobza.report.landmarks import Landmarks
+from kobza.report.metrics import Record, is_finite, series
 from kobza.report.picture import loss_figure, svg_text
 
 PAGE = """<!DOCTYPE html>
@@ -38,11 +42,11 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 1rem; overflow-wrap: 
 h2 { font-size: 1.1rem; margin: 2.2rem 0 0.6rem; }
 p { margin: 0.4rem 0; max-width: 44rem; }
 .quiet { color: var(--quiet); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem; margin: 0; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem; margin: 0; }
 .numbers div, .card { background: var(--card); border: 1px solid var(--line); border-radius: 0.5rem;
   padding: 0.6rem 0.8rem; }
 .numbers dt { color: var(--quiet); font-size: 0.85rem; }
-.numbers dd { margin: 0; font-size: 1.2rem; font-variant-numeric: tabular-nums; }
+.numbers dd { margin: 0; font-size: 1.1rem; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0 0; color: var(--ink); }
 figure svg { display: block; width: 100%; height: auto; }
 .card { margin: 0.6rem 0; }
@@ -61,6 +65,7 @@ table.config th, table.config td { text-align: left; position: static; box-shado
 table.config tr + tr th { border-top: 1px solid var(--line); }
 table.config th { font-weight: 400; color: var(--quiet); width: 45%; }
 code, pre { font: 0.9rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
+code.flag { white-space: nowrap; }
 pre { margin: 0.3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 </style>
@@ -77,7 +82,7 @@ summary { cursor: pointer; }
 {% for remark in remarks %}<div class="card remark {{ remark.severity }}">
 <p><strong>{{ "Warning" if remark.severity == "warning" else "Note" }}, step {{ "{:,}".format(remark.step) }}.</strong>
 {{ remark.text }}</p>
-<p>{{ remark.remedy }}</p>
+<p>{{ flags(remark.remedy) }}</p>
 </div>
 {% else %}<div class="card remark healthy"><p>Nothing to remark: no rule of the coach sees trouble.</p></div>
 {% endfor %}
@@ -100,7 +105,7 @@ to judge by.</p>
 {%- for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table></div>
-<p class="quiet">The best validation loss is marked.</p>
+<p class="quiet">The lowest validation loss is in bold.</p>
 {% endif %}
 {% if samples %}<h2>Samples</h2>
 {% if samples[:-1] %}<details><summary>{{ samples[:-1] | length }} earlier</summary>
@@ -124,16 +129,24 @@ SAMPLE = """{% macro card(sample) %}<div class="card"><span class="quiet">step {
 
 COLUMNS = {  # heading: (key of the record, format)
     "step": ("step", "{:,}"),
-    "tokens": ("tokens", "{:,.0f}"),
     "train loss": ("train_loss", "{:.4f}"),
     "validation loss": ("val_loss", "{:.4f}"),
     "bits per byte": ("val_bpb", "{:.4f}"),
+    "tokens": ("tokens", "{:,.0f}"),
     "learning rate": ("lr", "{:.3g}"),
     "minutes": ("minutes", "{:.1f}"),
 }
 
 
-def write_report(run_dir, records, landmarks, facts, samples, title, config):
+def write_report(
+    run_dir: str | Path,
+    records: list[Record],
+    landmarks: Landmarks,
+    facts: Facts,
+    samples: list[dict[str, Any]],
+    title: str,
+    config: Mapping[str, Any],
+) -> Path:
     """What a run left -> the path of `report.html`, written into run_dir, whole or not at all.
 
     samples are dicts with `step` and `text`; config is a mapping, nested ones are shown as `train.lr`.
@@ -146,7 +159,14 @@ def write_report(run_dir, records, landmarks, facts, samples, title, config):
     return path
 
 
-def render(records, landmarks, facts, samples, title, config):
+def render(
+    records: list[Record],
+    landmarks: Landmarks,
+    facts: Facts,
+    samples: list[dict[str, Any]],
+    title: str,
+    config: Mapping[str, Any],
+) -> str:
     """What a run left -> the page as HTML text."""
     best = best_loss(records)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(SAMPLE + PAGE)
@@ -155,6 +175,7 @@ def render(records, landmarks, facts, samples, title, config):
         numbers=numbers(records, facts),
         picture=Markup(svg_text(loss_figure(records, landmarks))),  # ours, and it holds numbers only
         picture_label=f"Losses over the steps. {loss_words(records)}",
+        flags=flags,
         remarks=remarks(records, landmarks, facts),
         meaning=None if best is None else meaning(best, landmarks),
         landmarks=landmark_numbers(landmarks),
@@ -168,7 +189,7 @@ def render(records, landmarks, facts, samples, title, config):
 # ---- the parts of the page ----
 
 
-def best_loss(records):
+def best_loss(records: list[Record]) -> float | None:
     """Records -> the lowest validation loss, else the last train loss, else None."""
     _, val = series(records, "val_loss")
     _, train = series(records, "train_loss")
@@ -177,7 +198,7 @@ def best_loss(records):
     return float(train[-1]) if len(train) else None
 
 
-def loss_words(records):
+def loss_words(records: list[Record]) -> str:
     """Records -> the picture in words, for who cannot see it."""
     _, val = series(records, "val_loss")
     if len(val) == 0:
@@ -185,7 +206,7 @@ def loss_words(records):
     return f"Validation loss goes from {val[0]:.2f} to {val[-1]:.2f}; its lowest is {val.min():.2f}."
 
 
-def numbers(records, facts):
+def numbers(records: list[Record], facts: Facts) -> list[tuple[str, str]]:
     """Records, Facts -> (name, value) pairs for the head of the page."""
     last = records[-1] if records else {}
     _, val = series(records, "val_loss")
@@ -193,7 +214,7 @@ def numbers(records, facts):
     _, tokens = series(records, "tokens")
     _, speed = series(records, "tokens_per_second")
     shown = [
-        ("best validation loss", f"{val.min():.3f}" if len(val) else None),
+        ("validation loss", f"{val.min():.3f}" if len(val) else None),
         ("bits per byte", f"{bpb.min():.3f}" if len(bpb) else None),
         ("steps", f"{last.get('step', 0):,} of {facts.steps:,}"),
         ("parameters", short(facts.n_params)),
@@ -205,7 +226,7 @@ def numbers(records, facts):
     return [(name, value) for name, value in shown if value is not None]
 
 
-def landmark_numbers(landmarks):
+def landmark_numbers(landmarks: Landmarks) -> list[tuple[str, str]]:
     """Landmarks -> (name, value) pairs, in nats per token."""
     shown = [
         ("knows nothing, ln V", f"{landmarks.uniform:.2f}"),
@@ -217,21 +238,21 @@ def landmark_numbers(landmarks):
     return shown
 
 
-def evaluation_rows(records):
+def evaluation_rows(records: list[Record]) -> list[dict[str, Any]]:
     """Records -> for each evaluation its cells as text and whether it is the best."""
     evaluated = [r for r in records if is_finite(r.get("val_loss"))]
     best = min(evaluated, key=lambda r: r["val_loss"], default=None)
     return [{"cells": cells(record), "best": record is best} for record in evaluated]
 
 
-def cells(record):
+def cells(record: Record) -> list[str]:
     """A record -> its cells as text, empty where it has no number."""
     if is_finite(record.get("seconds")):
         record = {**record, "minutes": record["seconds"] / 60}
     return [form.format(record[key]) if is_finite(record.get(key)) else "" for key, form in COLUMNS.values()]
 
 
-def flatten(config, prefix=""):
+def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """A nested mapping -> (dotted name, value) pairs. `flatten({"train": {"lr": 1}}) -> [("train.lr", 1)]`"""
     pairs = []
     for name, value in config.items():
@@ -240,12 +261,17 @@ def flatten(config, prefix=""):
     return pairs
 
 
-def printable(value):
+def flags(text: str) -> Markup:
+    """Text -> HTML in which `--train.lr` and its like are code, not broken at the dashes; the rest is escaped."""
+    return Markup(re.sub(r"(?<!\w)--[a-z][\w.]*(=[\w.-]*\w)?", r'<code class="flag">\g<0></code>', str(escape(text))))
+
+
+def printable(value: Any) -> str:
     """Anything -> text without the control characters that HTML forbids; each becomes the replacement character."""
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value))
 
 
-def short(count):
+def short(count: float) -> str:
     """A count -> few digits. `short(1234567) -> "1.23M"`"""
     count = float(f"{count:.3g}")  # rounded first, or 999,999 would be 1e+03k
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -254,7 +280,7 @@ def short(count):
     return f"{count:.3g}"
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds -> text in the largest fitting unit. `duration(90) -> "1.5 min"`"""
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -4,13 +4,22 @@ Figures are made as objects, never through pyplot: nothing is shown, no state is
 imported inside the functions that draw, so that a server or a test may import this file cheaply.
 """
 
+from __future__ import annotations
+
 import io
 import itertools
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kobza.report.metrics import series
+from kobza.report.landmarks import Landmarks
+from kobza.report.metrics import Record, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Blue and vermilion of Okabe & Ito (2008), told apart by the colour-blind; both are legible on white and on black.
 TRAIN_COLOUR = "#2f8fd0"
@@ -22,14 +31,14 @@ SMOOTH_SHARE = 0.02  # of the records are averaged in the smoothed line: follows
 LABEL_GAP = 0.13  # of the height; landmark labels closer than this would overlap
 
 
-def loss_figure(records, landmarks):
+def loss_figure(records: list[Record], landmarks: Landmarks) -> Figure:
     """Records, Landmarks -> Figure: train loss raw and smoothed, validation points, landmark lines, tokens on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), facecolor="none")
+    figure = Figure(figsize=(6.6, 4.4), facecolor="none")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.13, 0.70, 0.74), facecolor="none")
+    axes = figure.add_axes((0.095, 0.13, 0.665, 0.74), facecolor="none")
     draw_landmarks(axes, landmarks, *loss_range(records, landmarks))
     draw_losses(axes, records)
     set_steps(axes, records)
@@ -37,12 +46,12 @@ def loss_figure(records, landmarks):
     return figure
 
 
-def write_png(path, figure):
+def write_png(path: str | Path, figure: Figure) -> None:
     """A figure -> a PNG file on a white ground, readable anywhere."""
     figure.savefig(path, format="png", dpi=160, facecolor="white")
 
 
-def svg_text(figure):
+def svg_text(figure: Figure) -> str:
     """A figure -> an `<svg>` element for an HTML page: scales with the page, takes its text colour, same every time."""
     from matplotlib import rc_context
 
@@ -58,12 +67,12 @@ def svg_text(figure):
 # ---- what is drawn ----
 
 
-def draw_losses(axes, records):
+def draw_losses(axes: Axes, records: list[Record]) -> None:
     """Draw train loss, raw and smoothed, and the validation points."""
     step, train = series(records, "train_loss")
     if len(train):
         marker = "o" if len(train) == 1 else "none"  # a line of one point cannot be seen
-        axes.plot(*decimate(step, train), color=TRAIN_COLOUR, linewidth=0.7, alpha=0.4)
+        axes.plot(*decimate(step, train), color=TRAIN_COLOUR, linewidth=0.7, alpha=0.5)
         axes.plot(*decimate(step, smooth(train)), color=TRAIN_COLOUR, linewidth=1.8, marker=marker, label="train")
     step, val = series(records, "val_loss")
     if len(val):
@@ -71,7 +80,7 @@ def draw_losses(axes, records):
         axes.plot(*decimate(step, val), "o-", color=VAL_COLOUR, linewidth=1.2, markersize=size, label="validation")
 
 
-def draw_landmarks(axes, landmarks, low, high):
+def draw_landmarks(axes: Axes, landmarks: Landmarks, low: float, high: float) -> None:
     """Draw the landmark lines, labelled to the right of the axes, and set the range of losses."""
     axes.set_ylim(low, high)
     lines = [
@@ -91,13 +100,13 @@ def draw_landmarks(axes, landmarks, low, high):
             textcoords="axes fraction",
             arrowprops={**leader, "relpos": (0, 0.5)},
             va="center",
-            fontsize=9,
+            fontsize=9.5,
             color=INK,
             annotation_clip=False,
         )
 
 
-def set_steps(axes, records):
+def set_steps(axes: Axes, records: list[Record]) -> None:
     """Set the range of steps and, where tokens grow evenly with steps, a second axis of tokens on top."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
@@ -107,7 +116,7 @@ def set_steps(axes, records):
     axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("step", color=INK)
+    axes.set_xlabel("step", color=INK, loc="left")
     rate = tokens_per_step(records)
     if rate is None:
         return
@@ -119,7 +128,7 @@ def set_steps(axes, records):
     top.spines["top"].set_visible(False)
 
 
-def dress(axes):
+def dress(axes: Axes) -> None:
     """Labels, legend, and fewer lines around the picture."""
     axes.set_ylabel("loss, nats per token", color=INK)
     axes.tick_params(colors=INK, labelsize=9)
@@ -136,7 +145,7 @@ def dress(axes):
 # ---- numbers for the drawing ----
 
 
-def loss_range(records, landmarks):
+def loss_range(records: list[Record], landmarks: Landmarks) -> tuple[float, float]:
     """Records, Landmarks -> (low, high) of the loss axis: all landmarks, all losses; a diverged run is cut off."""
     losses = np.concatenate([series(records, key)[1] for key in ("train_loss", "val_loss")])
     ceiling = 1.3 * landmarks.uniform  # above it only spikes and diverged runs, which would flatten the rest
@@ -146,7 +155,7 @@ def loss_range(records, landmarks):
     return max(low - 2 * margin, -0.02 * high), high + margin
 
 
-def tokens_per_step(records):
+def tokens_per_step(records: list[Record]) -> float | None:
     """Records -> tokens of a step, or None where they are not recorded or do not grow evenly."""
     step, tokens = series(records, "tokens")
     if len(step) < 2 or tokens[-1] <= 0:
@@ -156,7 +165,7 @@ def tokens_per_step(records):
     return float(rate) if off <= 0.02 * tokens[-1] + rate else None
 
 
-def smooth(values):
+def smooth(values: np.ndarray) -> np.ndarray:
     """Values (N,) -> running mean (N,) over 2% of them, single spikes aside.
 
     Near the ends the window narrows evenly on both sides, so neither end is bent.
@@ -169,7 +178,7 @@ def smooth(values):
     return (sums[index + reaches + 1] - sums[index - reaches]) / (2 * reaches + 1)
 
 
-def without_spikes(values):
+def without_spikes(values: np.ndarray) -> np.ndarray:
     """Values (N,) -> running median of 5 (N,): a spike of one or two records leaves no hump in the mean."""
     if len(values) < 5:
         return values
@@ -177,7 +186,7 @@ def without_spikes(values):
     return np.concatenate([values[:2], middle, values[-2:]])
 
 
-def decimate(x, y):
+def decimate(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """x, y (N,) -> at most 2,000 of the points, the lowest and highest of 1,000 stretches: no spike hides."""
     if len(y) <= MAX_POINTS:
         return x, y
@@ -186,7 +195,7 @@ def decimate(x, y):
     return x[kept], y[kept]
 
 
-def spread(heights, gap):
+def spread(heights: list[float], gap: float) -> list[float]:
     """Heights -> heights at least `gap` apart, in the same order. `spread([0.5, 0.5], 0.1) -> [0.55, 0.45]`"""
     order = np.argsort(heights, kind="stable")[::-1]  # from the top; equal ones keep a fixed order
     placed = np.array(heights, dtype=float)
