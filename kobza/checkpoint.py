@@ -115,6 +115,7 @@ def verify(folder: Path) -> None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         items = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
+        manifest["model.safetensors"], manifest["config.json"]  # never without
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{folder}: not a checkpoint: manifest.json is missing or damaged; name another") from None
     for name, n_bytes, sha256 in items:

@@ -6,6 +6,7 @@ the preset, a TOML file (--config), the command line. `Presets` feeds the middle
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -46,11 +47,16 @@ app = App(
 app.register_install_completion_command()
 
 Sample = Annotated[SampleConfig, Parameter(name="*")]
+Hyphened = Annotated[str, Parameter(allow_leading_hyphen=True)]  # "-" is standard input, and a prompt may be "--"
+Stops = Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative="")]
 Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
 
 
 def recipe(name: str) -> Any:
     """The module kobza.recipes.<name>, imported now."""
+    # Waiting threads spin; beside a busy process the default spin makes a step 7 times slower, this one 2 times (docs/LOG.md).
+    # The OpenMP library reads it once, when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     return importlib.import_module(f"kobza.recipes.{name}")
 
 
@@ -72,7 +78,7 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, device: str = "auto") 
 
 @app.command
 def train(
-    *text: str,
+    *text: Hyphened,
     preset: str = DEFAULT_PRESET,
     config: Path | None = None,
     out: Path | None = None,
@@ -86,9 +92,9 @@ def train(
     text_field: str | None = None,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
-    model: ModelConfig = ModelConfig(),
-    data: DataConfig = DataConfig(),
-    train: TrainConfig = TrainConfig(),
+    model: Annotated[ModelConfig, Parameter(group="Model, where the preset says nothing else")] = ModelConfig(),
+    data: Annotated[DataConfig, Parameter(group="Text, where the preset says nothing else")] = DataConfig(),
+    train: Annotated[TrainConfig, Parameter(group="Training, where the preset says nothing else")] = TrainConfig(),
 ) -> int:
     """Train a model from scratch on text: files (.txt .md .jsonl .csv, each also .gz), folders, or - for standard input.
 
@@ -101,7 +107,7 @@ def train(
     config
         a TOML file with [model], [data], [train]; wins over the preset
     out
-        the run's folder; default runs/<preset>, runs/<preset>-2, ...
+        the run's folder; default runs/PRESET, else runs/PRESET-2, ...
     seed
         of weights, data order, dropout and samples
     resume
@@ -133,9 +139,9 @@ def generate(
     run: Path,
     /,
     *,
-    prompt: str = "\n",
+    prompt: Hyphened | None = None,
     samples: int = 1,
-    stop: list[str] | None = None,
+    stop: Stops = None,
     show_probabilities: Annotated[bool, Parameter(negative="")] = False,
     unknown: Literal["error", "skip"] | None = None,
     device: str = "auto",
@@ -149,7 +155,7 @@ def generate(
     run
         a run's folder (its best checkpoint) or a checkpoint's
     prompt
-        text to continue; - reads standard input
+        text to continue; - reads standard input; default: the start of a line
     samples
         texts to write, each with its own seed
     stop
@@ -169,7 +175,7 @@ def chat(
     run: Path,
     /,
     *,
-    stop: list[str] | None = None,
+    stop: Stops = None,
     unknown: Literal["error", "skip"] = "skip",
     device: str = "auto",
     sample: Sample = SampleConfig(),
@@ -252,9 +258,13 @@ class Presets:
         given = {a.name: a.tokens[0].value or "true" for a in arguments if a.tokens and a.name.startswith("--")}
         for values, source in self.sources(given) if commands == ("train",) else ():
             self.fill(arguments, self.flatten(values, source), source)
+        options = [argument.name for argument in arguments]
         for argument in arguments:
-            for token in argument.tokens if argument.hint is int else ():
-                check_whole(argument.name, token.value)
+            for token in argument.tokens:
+                if argument.hint is int:
+                    check_whole(argument.name, token.value)
+                if argument.name == "TEXT":
+                    check_text(token.value, options)
 
     def flatten(self, values: dict[str, Any], source: str) -> dict[str, Any]:
         """{"seed": 1, "train": {"steps": 2}} -> {"seed": 1, "train.steps": 2}; a name that nobody knows is refused."""
@@ -265,7 +275,7 @@ class Presets:
             if name == "seed":
                 flat[name] = value
                 continue
-            require(isinstance(value, dict), f"{source}: {name} is {value!r}; it must be a section: [{name}]")
+            require(isinstance(value, dict), f"{source}: {name} is {value!r}; it must be a table [{name}]")
             keys = [field.name for field in fields(SECTIONS[name])]
             for key in value:
                 require(key in keys, f"{source} [{name}]: unknown key {key!r}{nearest(key, keys)}")
@@ -302,6 +312,13 @@ def check_whole(name: str, value: str) -> None:
     require(whole, f"{name} is {value}; it must be a whole number")
 
 
+def check_text(word: str, options: list[str]) -> None:
+    """Refuse a mistyped option among the texts; "-" alone is standard input."""
+    close = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), options, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ";"
+    require(word == "-" or not word.startswith("-"), f"unknown option {word}{hint} see kobza train --help")
+
+
 preset_ = preset  # `train` has a parameter of that name
 app.config = (Presets(),)
 
@@ -323,7 +340,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:  # a folder that is none, no right to read, a full disk
         where, full = f"{error.filename}: " if error.filename else "", error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free space and call again; a run goes on with --resume" if full else "see that it can be read and written"
+        remedy = (
+            "free space and call again; a run goes on with --resume" if full else "see that it can be read and written"
+        )
         return complain(f"{where}{error.strerror or error}; what was saved before is whole; {remedy}")
 
 

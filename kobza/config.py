@@ -166,6 +166,8 @@ class TrainConfig:
     """Muon (Jordan 2024) on the hidden matrices and AdamW on the rest, or AdamW on all"""
     lr: float = 3e-3
     """peak learning rate of AdamW"""
+    embed_lr: float = 0.0
+    """peak learning rate of the token and position tables; 0 takes lr"""
     muon_lr: float = 0.02
     """peak learning rate of Muon; only with optimizer=muon"""
     muon_momentum: float = 0.95
@@ -212,7 +214,7 @@ class TrainConfig:
         for name in ("lr", "muon_lr"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; it must be above 0")
         at_least_0 = ("weight_decay", "grad_clip", "warmup_steps", "eval_tokens", "checkpoint_interval", "patience")
-        for name in (*at_least_0, "stop_at"):
+        for name in (*at_least_0, "embed_lr", "stop_at"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("beta1", "beta2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"train.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -247,6 +249,7 @@ class SampleConfig:
         check_types(self, "--")
         require(self.tokens > 0, f"--tokens is {self.tokens}; it must be at least 1")
         require(self.temperature >= 0, f"--temperature is {self.temperature}; it must be 0 (greedy) or above")
+        require(0 <= self.seed < 2**63, f"--seed is {self.seed}; it must be in [0, 2**63)")
         require(self.top_k >= 0, f"--top-k is {self.top_k}; it must be 0 (off) or above")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it must be in (0, 1]")
         require(0 <= self.min_p <= 1, f"--min-p is {self.min_p}; it must be in [0, 1]")

@@ -100,7 +100,8 @@ def device_name(device: torch.device) -> str:
     """A name a person knows: the GPU's, or the CPU's with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.processor() or platform.machine()} {device.type}, {threads} thread{'s' * (threads > 1)}"
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -153,5 +154,6 @@ def memory_error(micro_batch: int, seq_len: int) -> Iterator[None]:
         wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", words)
         raise InputError(
             f"out of memory{f' (asked for {wanted[1]})' if wanted else ''} at train.micro_batch {micro_batch} of "
-            f"{seq_len} tokens; halve train.micro_batch and double train.accumulate, or lower model.max_seq_len"
+            f"{seq_len} tokens; halve train.micro_batch and double train.accumulate, or lower model.max_seq_len; "
+            "what was saved is whole"
         ) from error

@@ -199,31 +199,36 @@ def generate(
 ) -> Iterator[Choice]:
     """Continue each prompt by up to config.tokens ids, a Choice a step; a row ends after drawing one of `ends`.
 
-    Row i draws from seeds[i] (default config.seed + i). Past the context the oldest half of what is seen is forgotten.
+    Row i draws from seeds[i] (default config.seed + i). A row that fills the context forgets the oldest half of it.
     `extra` are further processors, applied to the raw logits first.
     """
     require(bool(prompts) and all(prompts), "the prompt is empty; give at least one token")
     device = next(model.parameters()).device
+    home = torch.device("cpu") if device.type == "mps" else device  # of the draws: MPS has no float64
     rows = [list(prompt) for prompt in prompts]
     seeds = seeds if seeds is not None else [config.seed + i for i in range(len(rows))]
-    uniform = torch.stack([_uniform(seed, config.tokens) for seed in seeds]).to(device)  # (B, tokens)
+    uniform = torch.stack([_uniform(seed, config.tokens) for seed in seeds]).to(home)  # (B, tokens)
     chain = [*extra, *processors(config, ends, [len(prompt) for prompt in prompts])]
     ended = [False] * len(rows)
     model.eval()
-    cache, logits = prefill(model, rows)
+    seen = [row[-model.config.max_seq_len :] for row in rows]  # what the model sees of each row
+    cache, logits = prefill(model, seen)
     for i in range(config.tokens):
         scores = logits
         for process in chain:
             scores = process(scores, rows)
-        ids = (scores.argmax(-1) if config.temperature == 0 else draw(scores, uniform[:, i])).tolist()
+        ids = (scores.argmax(-1) if config.temperature == 0 else draw(scores.to(home), uniform[:, i])).tolist()
         yield Choice([None if done else j for j, done in zip(ids, ended, strict=True)], logits)
-        for row, j in zip(rows, ids, strict=True):
+        for row, view, j in zip(rows, seen, ids, strict=True):
             row.append(j)
+            view.append(j)
         ended = [done or j in ends for j, done in zip(ids, ended, strict=True)]
         if all(ended) or i + 1 == config.tokens:
             return
         if cache.length == cache.size:
-            cache, logits = prefill(model, [row[-max(1, cache.size // 2) :] for row in rows])
+            # a row forgets only when it is full itself, so that it goes on as it would alone
+            seen = [view if len(view) <= cache.size else view[-max(1, cache.size // 2) :] for view in seen]
+            cache, logits = prefill(model, seen)
             continue
         logits = decode(model, cache, ids)
 

@@ -285,7 +285,7 @@ def init_weights(model: GPT, seed: int) -> None:
 
     | tensor                | zero_init                     | GPT-2's rule (zero_init off)        |
     |-----------------------|-------------------------------|-------------------------------------|
-    | embed                 | N(0, 1): norms read its direction | N(0, 0.02)                      |
+    | embed (tied: 0.02)    | N(0, 0.5)                     | N(0, 0.02)                          |
     | position              | N(0, 0.02)                    | N(0, 0.02)                          |
     | q k v gate up         | U(-s, s), s = sqrt(3 / fan_in)| N(0, 0.02)                          |
     | o_proj, down_proj     | 0: a block starts as identity | N(0, 0.02 / sqrt(2 n_layer))        |
@@ -305,7 +305,10 @@ def init_weights(model: GPT, seed: int) -> None:
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
         else:
             residual = leaf in ("o_proj", "down_proj")
-            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 1.0 if zero and leaf == "embed" else 0.02
+            wide = (
+                zero and leaf == "embed" and not model.config.tied
+            )  # a tied table is the head too: small, to start at ln V
+            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.5 if wide else 0.02
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 

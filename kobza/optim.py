@@ -13,15 +13,20 @@ from kobza.config import TrainConfig
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trainable weights as {"matrices", "embeddings", "vectors"}: inside the blocks, the tables of V or T rows (embed,
-    position, lm_head), and everything of one axis. Together they are every trainable weight exactly once."""
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "vectors": []}
+    """Trainable weights as {"matrices", "tables", "head", "vectors"}: inside the blocks, the token and position tables, an untied
+    lm_head, and everything of one axis. Together they are every trainable weight exactly once."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "tables": [], "head": [], "vectors": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "vectors" if parameter.ndim < 2 else "matrices" if name.startswith("blocks.") else "embeddings"
-            groups[kind].append(parameter)
+            groups[_group(name, parameter)].append(parameter)
     check_partition(model, groups)
     return groups
+
+
+def _group(name: str, parameter: nn.Parameter) -> str:
+    if parameter.ndim < 2:
+        return "vectors"
+    return "matrices" if name.startswith("blocks.") else "head" if name.startswith("lm_head.") else "tables"
 
 
 def check_partition(model: nn.Module, groups: dict[str, list[nn.Parameter]]) -> None:
@@ -33,18 +38,34 @@ def check_partition(model: nn.Module, groups: dict[str, list[nn.Parameter]]) -> 
     assert not twice and not missing and len(grouped) == len(trainable), f"twice: {twice}; in no group: {missing}"
 
 
+def spare_the_compiler() -> None:
+    """Keep torch's optimizers from importing torch.compile's machinery (a second at start-up), which their set-up methods do on
+    their first call only to hide from it. Each is marked as hidden already; where torch has no such mark, nothing changes."""
+    for method in vars(torch.optim.Optimizer).values():
+        inner = getattr(method, "__wrapped__", None)
+        if inner is not None:
+            inner.__dict__.setdefault("__dynamo_disable", inner)
+
+
 def make_optimizers(
     model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
     """AdamW over all, or Muon (its products in `dtype`) over the matrices and AdamW over the rest. Vectors never decay. Each
     group keeps its peak rate as "peak_lr"; `set_lr` multiplies it."""
+    spare_the_compiler()
     groups = parameter_groups(model)
     decay, muon = config.weight_decay, config.optimizer == "muon"
-    adamw = {"embeddings": decay, "vectors": 0.0} | ({} if muon else {"matrices": decay})
-    adamw_groups = [{"params": groups[kind], "weight_decay": wd} for kind, wd in adamw.items() if groups[kind]]
+    rates = {"tables": config.embed_lr or config.lr, "head": config.lr, "vectors": config.lr}
+    rates |= {} if muon else {"matrices": config.lr}
+    adamw_groups = [
+        {"params": groups[kind], "lr": rate, "weight_decay": 0.0 if kind == "vectors" else decay}
+        for kind, rate in rates.items()
+        if groups[kind]
+    ]
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, config.lr, betas, fused=True)]
     if muon:
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16 overflows in the iteration
         optimizers.append(Muon(groups["matrices"], config.muon_lr, config.muon_momentum, decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

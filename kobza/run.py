@@ -95,9 +95,15 @@ def resumed_run(out: Path, config: RunConfig) -> Run:
         old, new = to_dict(getattr(saved, section)), to_dict(getattr(config, section))
         for key in old:
             same = old[key] == new[key] or (section == "train" and key in MAY_CHANGE)
-            require(same, f"{section}.{key} is {new[key]} but the run has {old[key]}; resume without it, or start anew")
+            require(
+                same,
+                f"{section}.{key} is {new[key]} but the run has {old[key]}; resume without it, or start anew in another --out",
+            )
     stands, last = max([0, *list_checkpoints(out)]), config.train.steps
-    require(last >= stands, f"train.steps is {last} but the run stands at step {stands}; give more, or start anew")
+    require(
+        last >= stands,
+        f"train.steps is {last} but the run stands at step {stands}; give more steps, or start anew in another --out",
+    )
     require(config.seed in (0, saved.seed), f"--seed {config.seed} but the run has {saved.seed}; resume without it")
     return open_run(out, replace(config, seed=saved.seed))
 
@@ -113,10 +119,22 @@ def open_run(out: Path, config: RunConfig | None = None) -> Run:
         f"model.vocab_size is {asked} but the tokenizer has {tokenizer.vocab_size}; leave model.vocab_size out",
     )
     full = replace(saved, model=replace(saved.model, vocab_size=tokenizer.vocab_size))
-    corpus = load_corpus(out / "tokens", full.model.max_seq_len)
+    corpus = open_corpus(out / "tokens", full.model.max_seq_len)
     if config is not None:
         write_file(path, tomli_w.dumps(to_dict(full)))
     return Run(out, full, tokenizer, corpus)
+
+
+def open_corpus(folder: Path, max_seq_len: int) -> Corpus:
+    """The run's text as tokens."""
+    try:
+        return load_corpus(folder, max_seq_len)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}: index.json and the shards do not fit ({error!r}); train in another --out"
+        ) from None
 
 
 def write_tokens(out: Path, config: RunConfig, text: Sequence[str]) -> None:
@@ -126,6 +144,8 @@ def write_tokens(out: Path, config: RunConfig, text: Sequence[str]) -> None:
     try:
         tokenizer = prepare(Documents(text, config.data.text_field), config.data, aside)
         load_corpus(aside, config.model.max_seq_len)  # too short is said before anything is kept
+        kinds = tokenizer.vocab_size
+        require(kinds > 1, f"the text has {kinds} kind of character, so there is nothing to learn; give another text")
         write_file(out / "tokenizer.json", tokenizer.to_json())
         shutil.rmtree(out / "tokens", ignore_errors=True)
         aside.rename(out / "tokens")

@@ -117,8 +117,8 @@ class CharTokenizer(Tokenizer):
         ]
         more = f" and {len(first) - 5} more" if len(first) > 5 else ""
         return (
-            f"{len(where)} characters are not in the vocabulary of {len(self.characters)}: {', '.join(places)}{more}; "
-            "leave them out, or use --unknown skip (or train with --unknown bytes)"
+            f"{len(where)} character{'s are' if len(where) > 1 else ' is'} not in the vocabulary of {len(self.characters)}: "
+            f"{', '.join(places)}{more}; leave them out, or use --unknown skip (or train with --unknown bytes)"
         )
 
     def to_json(self) -> str:

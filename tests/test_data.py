@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import kobza.data
@@ -120,6 +120,8 @@ def test_line_ends_and_byte_order_mark(tmp_path):
     text=st.text(st.characters(codec="utf-8", exclude_characters="\0") | st.sampled_from("\r\nіє🌊")),
     block=st.integers(3, 9),
 )
+@example(text="ab\r\ncd", block=3)  # a line end across the border, and no other in the block
+@example(text="aaі🌊", block=3)
 def test_blocks_do_not_show(text, block):
     """Characters, line ends and the mark across the border of two reads."""
     with pytest.MonkeyPatch.context() as patch:
@@ -202,7 +204,7 @@ def test_a_row_without_the_column_is_no_document(tmp_path):
 
 def test_unknown_characters_name_the_file(tmp_path):
     path = write(tmp_path / "a.txt", "ab\nXb")
-    with pytest.raises(InputError, match=r"a\.txt: 1 characters.*'X' at line 2 column 1"):
+    with pytest.raises(InputError, match=r"a\.txt: 1 character is.*'X' at line 2 column 1"):
         prepare(Documents([path]), DataConfig(), tmp_path / "t", CharTokenizer("ab\n"))
 
 

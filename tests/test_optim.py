@@ -34,8 +34,9 @@ def test_groups_are_a_partition(name):
     assert all(p.ndim == 1 for p in groups["vectors"]) and all(p.ndim == 2 for p in groups["matrices"])
     names = {id(p): n for n, p in model.named_parameters()}
     assert all(names[id(p)].startswith("blocks.") for p in groups["matrices"])
-    tables = {names[id(p)].split(".")[0] for p in groups["embeddings"]}
-    assert tables == ({"embed", "position"} if name == "gpt2" else {"embed", "lm_head"})
+    tables, head = ({names[id(p)] for p in groups[kind]} for kind in ("tables", "head"))
+    assert tables == {"embed.weight", "position.weight"} & set(names.values())
+    assert head == {"lm_head.weight"} & set(names.values())  # a tied head is a table
 
 
 def test_a_weight_missing_or_twice_is_noticed():
@@ -97,6 +98,14 @@ def test_rates_are_peak_times_multiplier():
         set_lr(optimizers, multiplier)
         rates = {type(o).__name__: {group["lr"] for group in o.param_groups} for o in optimizers}
         assert rates == {"AdamW": {0.1 * multiplier}, "Muon": {0.2 * multiplier}}
+
+
+def test_the_tables_may_have_a_rate_of_their_own():
+    model = small("gpt2")
+    (adamw,) = make_optimizers(model, TrainConfig(optimizer="adamw", lr=0.1, embed_lr=0.4))
+    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == (0.4 if name.startswith(("embed.", "position.")) else 0.1)
 
 
 # ---- schedules ----

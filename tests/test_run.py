@@ -13,11 +13,13 @@ import pytest
 
 from kobza.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_best
 from kobza.cli import main
+from kobza.kernels import cpu as kernels
 from kobza.recipes import train as recipe
 
-SMALL = (
+SMALL = (  # whatever the default preset says
     "--model.n_layer=1 --model.n_head=2 --model.n_embd=16 --model.max_seq_len=16 --train.micro_batch=4 --train.steps=40 "
-    "--train.eval_interval=10 --train.eval_tokens=300 --train.warmup_steps=2 --train.precision=fp32 --device=cpu"
+    "--train.eval_interval=10 --train.eval_tokens=300 --train.warmup_steps=2 --train.precision=fp32 --device=cpu "
+    "--model.norm=rmsnorm --model.qk_norm=true --model.mlp=relu2 --train.keep=2"
 ).split()
 HARD = ["--model.dropout=0.1", "--train.accumulate=2", "--train.optimizer=muon"]  # all that a checkpoint must hold
 
@@ -121,9 +123,14 @@ def test_kill_9_before_the_first_checkpoint_at_one_and_between_two_changes_nothi
     assert read_best(out) == read_best(straight)
 
 
-def test_kill_9_changes_nothing_in_bf16(text, tmp_path):
-    bf16 = [*SMALL, *HARD, "--train.precision=bf16"]
-    bf16.remove("--train.precision=fp32")
+FUSED = {"--model.norm=rmsnorm": "--model.norm=layernorm", "--model.qk_norm=true": "--model.qk_norm=false"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_kill_9_changes_nothing_in_bf16(fused, text, tmp_path):
+    """With dropout through the plain blocks, without it through the fused ones of kernels/cpu.py."""
+    bf16 = [word.replace("fp32", "bf16") for word in SMALL] + ([] if fused else HARD)
+    bf16 = [FUSED.get(word, word) if fused else word for word in bf16]
     for name in ("straight", "killed"):
         argv = ["train", text, "--out", str(tmp_path / name), *bf16]
         if name == "straight":
@@ -131,6 +138,7 @@ def test_kill_9_changes_nothing_in_bf16(text, tmp_path):
         else:
             kill_at(27, argv)
             assert resume(tmp_path / name) == 0
+    assert kernels.supports(load_checkpoint(tmp_path / "killed").run.model) is fused
     assert sha256(tmp_path / "killed", 40) == sha256(tmp_path / "straight", 40)
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
@@ -263,7 +271,7 @@ def with_losses(monkeypatch, values):
 
 def test_the_best_checkpoint_outlives_retention(text, tmp_path, monkeypatch):
     with_losses(monkeypatch, [3.0, 2.0, 2.5, 2.6])
-    assert main(["train", text, "--out", str(tmp_path / "run"), *SMALL, "--train.keep=1"]) == 0
+    assert main(["train", text, "--out", str(tmp_path / "run"), *SMALL[:-1], "--train.keep=1"]) == 0
     assert list_checkpoints(tmp_path / "run") == [20, 40]
     assert read_best(tmp_path / "run") == {"step": 20, "val_loss": 2.0}
     assert load_checkpoint(tmp_path / "run").folder == checkpoint_path(tmp_path / "run", 20)
@@ -293,6 +301,7 @@ def test_a_validation_loss_of_nan_is_no_best_and_null_in_the_record(text, tmp_pa
 
 
 def test_checkpoints_may_come_between_evaluations(text, tmp_path):
-    argv = ["train", text, "--out", str(tmp_path / "run"), *SMALL, "--train.checkpoint_interval=7", "--train.keep=9"]
+    argv = ["train", text, "--out", str(tmp_path / "run"), *SMALL, "--train.checkpoint_interval=7"]
+    argv[argv.index("--train.keep=2")] = "--train.keep=9"
     assert main(argv) == 0
     assert {7, 14, 21, 28, 35, 40} <= set(list_checkpoints(tmp_path / "run"))

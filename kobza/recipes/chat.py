@@ -38,9 +38,8 @@ def main(path: Path, stop: list[str] | None, unknown: str, device: str, config: 
 def ask() -> str:
     """A person's line; empty at the end of the input."""
     try:
-        return input("> ")
+        return input("> " if sys.stdin.isatty() else "")
     except EOFError:
-        print()
         return ""
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -29,23 +30,31 @@ def main(what: str, as_json: bool) -> int:
         print(json.dumps({"parts": table, "parameters": total, **memory, "model": asdict(model)}))
         return 0
     console = Console(highlight=False)
-    table = Table(title=f"{what}: {total:,} parameters", title_justify="left")
-    for column in ("part", "copies", "shapes", "weights of one", "+ vectors", "parameters", "FLOPs a token"):
-        table.add_column(column, justify="left" if column in ("part", "shapes") else "right")
+    title = f"{what}: {total:,} parameters (weights and vectors of one copy; FLOPs forward)"
+    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    for column in ("part", "copies", "shapes", "weights", "vectors", "parameters", "FLOPs/token"):
+        left = column in ("part", "shapes")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "shapes")
     for row in rows:
         figures = (row.weights, row.vectors, row.parameters, row.flops_per_token)
-        table.add_row(row.name, str(row.copies), row.shapes, *(f"{n:,}" for n in figures))
+        shapes = row.shapes.replace("; ", "\n").replace(", ", "\n")
+        table.add_row(row.name, str(row.copies), shapes, *(f"{n:,}" for n in figures))
     table.add_section()
     table.add_row("all", "", "", "", "", f"{total:,}", f"{sum(row.flops_per_token for row in rows):,}")
     console.print(table)
     c = config.train
-    console.print(f"training   up to {memory['training_bytes'] / 1e6:,.0f} MB at {c.micro_batch} x {model.max_seq_len} tokens, "
-                  f"of it {16 * total / 1e6:,.0f} MB weights, gradients, AdamW")  # fmt: skip
-    console.print(f"inference  {memory['inference_bytes'] / 1e6:,.0f} MB with a full KV cache, float32\n")
+    print(f"training   up to {size(memory['training_bytes'])} at {c.micro_batch} x {model.max_seq_len} tokens, "
+          f"of it {size(training_bytes(model, 0))} for weights, gradients, AdamW")  # fmt: skip
+    print(f"inference  {size(memory['inference_bytes'])} with a full KV cache, float32\n")
     from kobza.model import GPT  # here: the table itself needs no torch
 
     print(GPT(model))
     return 0
+
+
+def size(n_bytes: float) -> str:
+    """size(1_234_567) -> "1.2 MB", size(2_000_000_000) -> "2.0 GB"."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def find_config(what: str) -> RunConfig:
@@ -74,7 +83,7 @@ def list_presets(as_json: bool) -> int:
         tokens = c.steps * c.micro_batch * c.accumulate * model.max_seq_len
         rows.append({"name": name, "parameters": total_parameters(model), "steps": c.steps, "tokens": tokens})
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps({"presets": rows}))
         return 0
     table = Table("preset", "parameters", "steps", "tokens in all")
     for row in rows:

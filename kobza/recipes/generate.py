@@ -22,7 +22,7 @@ CANDIDATES = 5  # shown at each step by --show-probabilities
 
 def main(
     path: Path,
-    prompt: str,
+    prompt: str | None,
     samples: int,
     stops: list[str],
     show_probabilities: bool,
@@ -34,7 +34,7 @@ def main(
     """Print `samples` continuations of the prompt -> exit code."""
     require(samples > 0, f"--samples is {samples}; it must be at least 1")
     loaded = load_checkpoint(path, pick_device(device), unknown)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = line_start(loaded.tokenizer) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
     ids = encode_prompt(loaded.tokenizer, prompt)
     if show_probabilities or as_json:
         return detailed(loaded, prompt, ids, samples, stops, show_probabilities, as_json, config)
@@ -47,6 +47,11 @@ def main(
             for i, text in enumerate(write_texts(loaded, ids, samples, stops, config)):
                 print(f"{'' if i == 0 else chr(10)}--- sample {i + 1}, seed {config.seed + i}\n{prompt}{text}")
     return 0
+
+
+def line_start(tokenizer: Tokenizer) -> str:
+    """A prompt that says nothing: a line end, or where the vocabulary has none, its first character."""
+    return "\n" if b"\n" in tokenizer.pieces else tokenizer.decode([0])
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -123,6 +128,8 @@ def detailed(
 ) -> int:
     """Print the texts with the candidates of each step, for a person or as JSON -> exit code."""
     results = []
+    if not as_json:
+        print("  chosen           the likeliest, by the model's own probabilities")
     for i in range(samples):
         one, steps, text, finder = replace(config, seed=config.seed + i), [], "", StopFinder(stops)
         stream = StreamDecoder(loaded.tokenizer)

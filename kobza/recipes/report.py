@@ -9,10 +9,8 @@ from pathlib import Path
 from kobza.checkpoint import read_best
 from kobza.describe.parts import total_parameters
 from kobza.report.coach import meaning, remarks
-from kobza.report.console import facts_of
-from kobza.report.landmarks import measure_landmarks
-from kobza.report.metrics import read_metrics
-from kobza.report.pages import draw
+from kobza.report.console import facts_of, landmarks_of
+from kobza.report.pages import draw, read_records
 from kobza.run import open_run
 
 
@@ -21,9 +19,8 @@ def main(path: Path, as_json: bool) -> int:
     run = open_run(path)
     n_params = total_parameters(run.config.model)
     picture, page = draw(path, n_params)
-    landmarks = measure_landmarks(run.corpus.train.array(20_000_000), run.tokenizer.vocab_size)
-    records = read_metrics(path / "metrics.jsonl")
-    found = remarks(records, landmarks, facts_of(run, n_params))
+    landmarks = landmarks_of(run)
+    found = remarks(read_records(path), landmarks, facts_of(run, n_params))
     best = read_best(path)
     if as_json:
         content = {"best": best, "remarks": [asdict(r) for r in found], "picture": str(picture), "report": str(page)}

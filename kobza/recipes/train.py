@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -17,20 +16,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from kobza.checkpoint import checkpoint_path, list_checkpoints, read_best
-from kobza.config import InputError, RunConfig, TrainConfig, require
+from kobza.checkpoint import read_best
+from kobza.config import RunConfig, TrainConfig, require
 from kobza.data import Batches, bytes_per_token, eval_batches, overlap
 from kobza.describe.parts import training_bytes
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
-from kobza.doctor.blackbox import write_bundle
+from kobza.doctor.blackbox import record_failure, refuse_spoiled
 from kobza.hub.shakespeare import default_text
 from kobza.kernels import cpu
 from kobza.log import MetricsLog, ProgressLine
 from kobza.model import GPT, build, n_parameters, training_flops_per_token
 from kobza.optim import make_optimizers
-from kobza.report.console import Commentator, figures
+from kobza.report.console import Commentator, figures, make_board, write_board
 from kobza.report.pages import draw
 from kobza.run import (
     Run,
@@ -60,7 +59,8 @@ def main(
     as_json: bool = False,
 ) -> int:
     """Train, leaving a run folder -> exit code."""
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    console = Console(stderr=as_json, highlight=False)
+    console.soft_wrap = not console.is_terminal  # a person's lines break between words, a file's nowhere
     out = out or free_folder(Path("runs") / name)
     runtime = make_runtime(device, config.train.precision)
     check_memory(config, runtime)
@@ -86,7 +86,8 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
     restore_training(run, training)
     standing = training.standing
     compiled = compile_pays(config, runtime, model)
-    if config.kernels == "auto" and device.type == "cpu" and not compiled and cpu.supports(model.config):
+    fused = config.kernels == "auto" and device.type == "cpu" and not compiled and cpu.supports(model.config)
+    if fused:
         cpu.use(model)
     network: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
     loss_fn = next_token_loss(runtime.compute_dtype)
@@ -94,13 +95,13 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
     val_bytes = bytes_per_token(run.corpus.val, run.tokenizer)
     metrics = MetricsLog(run.out / "metrics.jsonl", standing.step)
     commentator = Commentator(run, model, console, metrics.records)
-    where = f"{runtime.precision}{', compiled' if compiled else ''} on {device_name(device)}"
+    where = f"{runtime.precision}{', fused blocks' * fused}{', compiled' * compiled} on {device_name(device)}"
     commentator.introduce(where, overlap(run.corpus.train, run.corpus.val), standing.step)
     flops, peak = training_flops_per_token(model), peak_flops(device)
     line = ProgressLine(console, config.steps, standing.step)
     rng = partial(rng_state, device)
     steps = train(network, training.optimizers, batches, config, loss_fn, standing.step, scaler, rng)
-    outcome, before, began = "done", standing.seconds, time.perf_counter()
+    outcome, val, before, began = "done", None, standing.seconds, time.perf_counter()
     with Interrupt() as interrupt:
         try:
             for step in steps:
@@ -112,12 +113,12 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
                 if look or save:
                     refuse_spoiled(model, step.step, rng())
                 if look:
-                    loss = evaluate(network, held_out, loss_fn)
-                    record |= {"val_loss": round(loss, 6), "val_bpb": round(bits_per_byte(loss, val_bytes), 6)}
-                    improved = standing.note(loss)
-                    outcome = stop_reason(config, loss, standing)
+                    val = evaluate(network, held_out, loss_fn)
+                    record |= {"val_loss": round(val, 6), "val_bpb": round(bits_per_byte(val, val_bytes), 6)}
+                    improved = standing.note(val)
+                    outcome = stop_reason(config, val, standing)
                 metrics.write(record)
-                line.step(step.step, figures(record, flops, peak))
+                line.step(step.step, figures(record, val, flops, peak))
                 if board:
                     write_board(board, record)
                 if save or improved or outcome != "done":
@@ -130,13 +131,14 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
                 if outcome != "done":
                     break
         except NonFinite as failure:
-            return give_up(failure, run, model, runtime)
+            print("kobza:", record_failure(failure, run, model, runtime.precision), file=sys.stderr)
+            return 1
         finally:
             line.close()
             metrics.close()
     if outcome == "interrupted":
         go_on = f"kobza train --resume --out {shlex.quote(str(run.out))}"
-        console.print(f"interrupted at step {standing.step}; saved. Go on: {go_on}", markup=False)
+        console.print(f"interrupted at step {standing.step}; saved. Go on: {go_on}", markup=False, soft_wrap=True)
         return 130
     picture, page = draw(run.out, n_parameters(model))
     best = read_best(run.out) or {"step": standing.step, "val_loss": None}
@@ -145,14 +147,6 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
         summary = {"run": str(run.out), "outcome": outcome, "best": best, "picture": str(picture), "report": str(page)}
         print(json.dumps(summary | {key: getattr(standing, key) for key in ("step", "tokens", "seconds")}))
     return 0
-
-
-def refuse_spoiled(model: GPT, step: int, rng: dict[str, Tensor]) -> None:
-    """Raise NonFinite if an update has made a weight inf or nan: such a model is neither judged nor saved."""
-    for name, parameter in model.named_parameters():
-        bad = parameter[~parameter.isfinite()]
-        if len(bad):
-            raise NonFinite(step, f"weight {name}", float(bad[0]), [], rng)
 
 
 def check_memory(config: RunConfig, runtime: Runtime) -> None:
@@ -216,30 +210,3 @@ def make_record(step: Step, standing: Standing, lr: float) -> dict[str, Any]:
         "seconds": round(standing.seconds, 4),
         "tokens_per_second": round(step.tokens / step.seconds, 1),
     }
-
-
-def make_board(out: Path) -> Any:
-    """A TensorBoard writer in the run's folder."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs the tensorboard package: pip install 'kobza[tensorboard]'") from None
-    return SummaryWriter(str(out / "tensorboard"))
-
-
-def write_board(board: Any, record: dict[str, Any]) -> None:
-    """A record's numbers as TensorBoard scalars."""
-    for key in record.keys() - {"step", "tokens", "seconds"}:
-        board.add_scalar(key, record[key], record["step"])
-
-
-def give_up(failure: NonFinite, run: Run, model: GPT, runtime: Runtime) -> int:
-    """Write the black box of a non-finite step and say how to look into it -> exit code 1."""
-    bundle = run.out / "blackbox" / f"{failure.step:08d}"
-    shutil.rmtree(bundle, ignore_errors=True)
-    write_bundle(bundle, model, run.config, failure, runtime.precision)
-    steps = list_checkpoints(run.out)
-    good = f"the last good checkpoint is {checkpoint_path(run.out, steps[-1])}" if steps else "none was saved before"
-    what = f"{failure.what} is {failure.value} at step {failure.step}"
-    print(f"kobza: {what}; {good}; name the first bad tensor with: kobza replay {bundle}", file=sys.stderr)
-    return 1

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from kobza.config import SampleConfig
+from kobza.config import InputError, SampleConfig
 from kobza.generate import generate
 from kobza.model import GPT, n_parameters
 from kobza.report.coach import Facts, meaning, remarks
-from kobza.report.landmarks import measure_landmarks
+from kobza.report.landmarks import LOOK_AT_TOKENS, Landmarks, measure_landmarks
 from kobza.run import Run
 
 SAMPLE_TOKENS = 120
@@ -38,14 +39,22 @@ def facts_of(run: Run, n_params: int) -> Facts:
     )
 
 
+def landmarks_of(run: Run) -> Landmarks:
+    """The losses that mean something for the run's text."""
+    tokenizer = run.tokenizer
+    try:
+        return measure_landmarks(run.corpus.train.array(LOOK_AT_TOKENS), tokenizer.vocab_size, tokenizer.piece_bytes)
+    except ValueError as error:
+        raise InputError(f"{run.out / 'tokens'}: {error}") from None
+
+
 class Commentator:
     """Prints a run's course to a console and keeps its samples in samples.jsonl."""
 
     def __init__(self, run: Run, model: GPT, console: Console, records: list[dict[str, Any]]):
         self.run, self.model, self.console, self.records = run, model, console, records
         self.facts = facts_of(run, n_parameters(model))
-        ids = run.corpus.train.array(20_000_000)
-        self.landmarks = measure_landmarks(ids, run.tokenizer.vocab_size, run.tokenizer.piece_bytes)
+        self.landmarks = landmarks_of(run)
         self.said: set[str] = set()
 
     def introduce(self, where: str, overlap: float, first_step: int) -> None:
@@ -62,7 +71,8 @@ class Commentator:
             f"{count(c.model.n_head, 'head')}, context {c.model.max_seq_len}")  # fmt: skip
         tokens = c.train.steps * c.train.micro_batch * c.train.accumulate * c.model.max_seq_len
         epochs = tokens / len(self.run.corpus.train)
-        say(f"training  {c.train.steps:,} steps, {tokens:,} tokens ({epochs:.2f} times the text), {where}")
+        times = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2f}"
+        say(f"training  {c.train.steps:,} steps, {tokens:,} tokens ({times} times the text), {where}")
         say(
             f"losses    in nats a token: {marks.uniform:.3f} knows nothing, {marks.unigram:.3f} how frequent tokens are, "
             f"{marks.bigram:.3f} which token follows which; lower is better"
@@ -109,9 +119,9 @@ class Commentator:
         for remark in remarks(self.records, self.landmarks, self.facts):
             say(f"  coach: {escape(remark.text)} {escape(remark.remedy)}")
         folder, prompt = escape(shlex.quote(str(out))), escape(shlex.quote(self.prompt()))
-        say(escape(f"\npicture   {picture}\nreport    {page}"))
+        say(escape(f"\npicture   {picture}\nreport    {page}"), soft_wrap=True)
         say(f"next      kobza generate {folder} --prompt {prompt}\n"
-            f"          kobza chat {folder}\n          kobza describe {folder}")  # fmt: skip
+            f"          kobza chat {folder}\n          kobza describe {folder}", soft_wrap=True)  # fmt: skip
 
     def prompt(self) -> str:
         """The first words of the text, to try the model with."""
@@ -136,12 +146,27 @@ def named(files: list[str]) -> str:
     return ", ".join(files[:3]) + (" and more" if len(files) > 3 else "")
 
 
-def figures(record: dict[str, Any], flops: int, peak: float | None) -> str:
-    """The progress line's text, from a record and the FLOPs of a token."""
+def figures(record: dict[str, Any], val: float | None, flops: int, peak: float | None) -> str:
+    """The progress line's text, from a record, the last validation loss and the FLOPs of a token."""
     rate = record["tokens_per_second"]
     speed = f"MFU {rate * flops / peak:.0%}" if peak else f"{rate * flops / 1e9:.0f} GFLOP/s"
-    val = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
-    return f"loss {record['train_loss']:.4f}{val}  {rate:,.0f} tokens/s  {speed}"
+    held_out = "" if val is None else f"  val {val:.4f}"
+    return f"loss {record['train_loss']:.4f}{held_out}  {rate:,.0f} tokens/s  {speed}"
+
+
+def make_board(out: Path) -> Any:
+    """A TensorBoard writer in the run's folder."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the tensorboard package: pip install 'kobza[tensorboard]'") from None
+    return SummaryWriter(str(out / "tensorboard"))
+
+
+def write_board(board: Any, record: dict[str, Any]) -> None:
+    """A record's numbers as TensorBoard scalars."""
+    for key in record.keys() - {"step", "tokens", "seconds"}:
+        board.add_scalar(key, record[key], record["step"])
 
 
 def mean_train_loss(records: list[dict[str, Any]], interval: int) -> float:
