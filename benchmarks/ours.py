@@ -30,11 +30,14 @@ def throughput(path: str, seed: int, steps: int = 120) -> dict:
 def generation(rows: int, seed: int, tokens: int = 256) -> dict:
     """Tokens a second of `rows` texts side by side, prefill included."""
     from kobza.generate import generate
+    from kobza.kernels import packed
     from kobza.model import build
 
     make_runtime("cpu", "auto")
     config = run_from_dict(preset("workshop") | {"seed": seed}, "workshop")
     model = build(run_model(config), seed)
+    if packed.supports(model):
+        packed.use(model)  # as `kobza generate` does for a model of this size
     sample = SampleConfig(tokens=tokens, temperature=0.8, top_k=40)
     list(generate(model, [[0]] * rows, SampleConfig(tokens=8)))
     began = time.perf_counter()

@@ -49,6 +49,7 @@ app.register_install_completion_command()
 Sample = Annotated[SampleConfig, Parameter(name="*")]
 Hyphened = Annotated[str, Parameter(allow_leading_hyphen=True)]  # "-" is standard input, and a prompt may be "--"
 Stops = Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative="")]
+Precision = Literal["auto", "fp32", "bf16"]
 Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
 
 
@@ -145,6 +146,7 @@ def generate(
     show_probabilities: Annotated[bool, Parameter(negative="")] = False,
     unknown: Literal["error", "skip"] | None = None,
     device: str = "auto",
+    precision: Precision = "auto",
     json: Json = False,
     sample: Sample = SampleConfig(),
 ) -> int:
@@ -166,8 +168,11 @@ def generate(
         a character of the prompt outside the vocabulary: refuse it or skip it
     device
         auto, cpu, cuda or mps
+    precision
+        number format; auto takes bf16 where it is faster
     """
-    return recipe("generate").main(run, prompt, samples, stop or [], show_probabilities, unknown, device, json, sample)
+    how = (show_probabilities, unknown, device, precision, json)
+    return recipe("generate").main(run, prompt, samples, stop or [], *how, sample)
 
 
 @app.command
@@ -178,6 +183,7 @@ def chat(
     stop: Stops = None,
     unknown: Literal["error", "skip"] = "skip",
     device: str = "auto",
+    precision: Precision = "auto",
     sample: Sample = SampleConfig(),
 ) -> int:
     """Write by turns with a model: each of your lines is continued, and the text so far stays in view.
@@ -192,8 +198,10 @@ def chat(
         a character outside the vocabulary: refuse it or skip it
     device
         auto, cpu, cuda or mps
+    precision
+        number format; auto takes bf16 where it is faster
     """
-    return recipe("chat").main(run, stop, unknown, device, sample)
+    return recipe("chat").main(run, stop, unknown, device, precision, sample)
 
 
 @app.command

@@ -323,8 +323,10 @@ def overlap(train: Tokens, val: Tokens, most: int = 20_000_000) -> float:
     """Share of the validation text, in windows of OVERLAP_TOKENS, that stands word for word in the training text."""
     if min(len(train), len(val)) < OVERLAP_TOKENS:
         return 0.0
-    ours, theirs = _window_hashes(val.array(most))[::OVERLAP_TOKENS], _window_hashes(train.array(most))
-    return float(np.isin(ours, theirs).mean())
+    ours = np.sort(_window_hashes(val.array(most))[::OVERLAP_TOKENS])
+    theirs = _window_hashes(train.array(most))
+    places = np.minimum(np.searchsorted(ours, theirs), len(ours) - 1)
+    return float(np.isin(ours, ours[places][ours[places] == theirs]).mean())
 
 
 def _window_hashes(ids: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ NEVER = float("-inf")
 
 
 class KVCache:
-    """Keys and values of the tokens seen, (L, 2, B, K, S, D), so that a new token attends without recomputing them.
+    """Keys and values of the tokens seen, per layer (2, B, K, S, D), so that a new token attends without recomputing them.
 
     Rows of unequal length stand right-aligned; `pad` (B,) counts the empty places at their left.
     """
@@ -30,25 +30,26 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, pad: Tensor | None = None
     ):
-        shape = (config.n_layer, 2, batch, config.n_kv_head, config.max_seq_len, config.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (2, batch, config.n_kv_head, config.max_seq_len, config.head_dim)
+        self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype)) for _ in range(config.n_layer)]
+        self.device = device
         self.length, self.size, self.pad = 0, config.max_seq_len, pad
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) after what is there -> all keys, all values (B, K, S, D)."""
-        end = self.length + k.shape[2]
-        keys, values = self.store[layer, 0], self.store[layer, 1]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        n_new = k.shape[2]
+        keys, values = self.layers[layer]
+        keys.narrow(2, self.length, n_new).copy_(k)
+        values.narrow(2, self.length, n_new).copy_(v)
+        return keys.narrow(2, 0, self.length + n_new), values.narrow(2, 0, self.length + n_new)
 
     def mask(self, n_new: int) -> Tensor | None:
         """(B or 1, 1, T, S), True = visible; None where all is visible or plain causality does."""
         end = self.length + n_new
         if self.pad is None and (n_new == 1 or self.length == 0):
             return None
-        seen = torch.arange(end, device=self.store.device)
-        new = torch.arange(self.length, end, device=self.store.device)
+        seen = torch.arange(end, device=self.device)
+        new = torch.arange(self.length, end, device=self.device)
         visible = (seen <= new[:, None])[None, None]  # (1, 1, T, S)
         if self.pad is None:
             return visible
@@ -246,7 +247,9 @@ def prefill(model: GPT, rows: list[list[int]]) -> tuple[KVCache, Tensor]:
     pad = torch.tensor([longest - len(row) for row in rows], device=device)
     ragged = bool(pad.any())
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    cache = KVCache(model.config, len(rows), device, model.embed.weight.dtype, pad if ragged else None)
+    # torch's CPU attention over bf16 keys takes four times as long as over float32 ones
+    dtype = torch.float32 if device.type == "cpu" else model.embed.weight.dtype
+    cache = KVCache(model.config, len(rows), device, dtype, pad if ragged else None)
     positions = (torch.arange(longest, device=device) - pad[:, None]).clamp(min=0) if ragged else None
     x = model.hidden(ids, positions, cache=cache)  # (B, T, C)
     return cache, model.logits(x[:, -1]).float()
@@ -254,6 +257,6 @@ def prefill(model: GPT, rows: list[list[int]]) -> tuple[KVCache, Tensor]:
 
 def decode(model: GPT, cache: KVCache, ids: list[int]) -> Tensor:
     """Run one new token a row -> logits (B, V) of what follows, float32."""
-    device = cache.store.device
+    device = cache.device
     positions = None if cache.pad is None else (cache.length - cache.pad)[:, None]
     return model(torch.tensor(ids, device=device)[:, None], positions, cache=cache)[:, -1].float()

@@ -128,8 +128,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
         causal = mask is None and T == k.shape[2] and T > 1
-        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        y = attend(
+            q.to(k.dtype), k, v, mask, causal, self.dropout if self.training else 0.0
+        )  # a cache may be wider than x
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))  # (B, T, C)
 
 
 class ReLU2(nn.Module):

@@ -63,7 +63,7 @@ def make_optimizers(
         if groups[kind]
     ]
     betas = (config.beta1, config.beta2)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, config.lr, betas, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [AdamW(adamw_groups, config.lr, betas)]
     if muon:
         dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16 overflows in the iteration
         optimizers.append(Muon(groups["matrices"], config.muon_lr, config.muon_momentum, decay, dtype=dtype))
@@ -102,6 +102,51 @@ def schedule(config: TrainConfig) -> Callable[[int], float]:
     return multiplier
 
 
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) by torch's fused kernel; equal to torch.optim.AdamW(fused=True) to the bit.
+
+    Torch's own class imports torch.compile's machinery on its first step, a second that a short run does not have.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every weight that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self._state(p) for p in parameters]
+            means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+            if not parameters:
+                continue
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                parameters,
+                [p.grad for p in parameters],
+                means,
+                squares,
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+
 # Coefficients of the quintic that pulls singular values to about 1 in few steps. Jordan 2024, "Muon".
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -122,7 +167,7 @@ def orthogonalize(stack: Tensor, n_steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalised, for matrices. Jordan et al. 2024.
 
-    Matrices of one shape are stacked and orthogonalised together: a handful of large products instead of many small.
+    Matrices of the same sides are stacked and orthogonalised together: a handful of large products instead of many small.
     The update has unit spectral norm times sqrt(max(1, rows / cols)), so one rate fits all widths.
     """
 
@@ -142,26 +187,28 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_sides: dict[tuple[int, int], list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for parameters in by_shape.values():
+                    by_sides.setdefault((min(parameter.shape), max(parameter.shape)), []).append(parameter)
+            for parameters in by_sides.values():
                 self._step_stack(parameters, group)
 
     def _step_stack(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update matrices of one shape together."""
+        """Update matrices of the same two sides together, the tall ones turned."""
         momentum = group["momentum"]
         gradients = [p.grad for p in parameters]
         buffers = [self._buffer(p) for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov: look one step ahead
-        stack = torch.stack(directions)  # (N, rows, cols)
-        update = orthogonalize(stack.to(self.dtype), group["n_steps"]).to(stack.dtype)
-        rows, cols = parameters[0].shape
+        tall = [p.shape[0] > p.shape[1] for p in parameters]
+        stack = torch.stack([d.mT if turn else d for d, turn in zip(directions, tall, strict=True)])  # (N, short, long)
+        updates = orthogonalize(stack.to(self.dtype), group["n_steps"]).to(stack.dtype).unbind()
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(update.unbind()), alpha=-group["lr"] * max(1.0, rows / cols) ** 0.5)
+        for parameter, update, turn in zip(parameters, updates, tall, strict=True):
+            rows, cols = parameter.shape
+            parameter.add_(update.mT if turn else update, alpha=-group["lr"] * max(1.0, rows / cols) ** 0.5)
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]

@@ -1,6 +1,8 @@
 """Parameter groups are a partition, schedules pass through their corners, and Muon is its plain twin."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from kobza.config import ModelConfig, TrainConfig
 from kobza.model import build
-from kobza.optim import Muon, check_partition, make_optimizers, orthogonalize, parameter_groups, schedule, set_lr
+from kobza.optim import AdamW, Muon, check_partition, make_optimizers, orthogonalize, parameter_groups, schedule, set_lr
 
 SWITCHES = {
     "gpt2": dict(position="learned", norm="layernorm", mlp="gelu", bias=True, tied=True, zero_init=False),
@@ -216,3 +218,29 @@ def test_muon_leaves_a_weight_without_gradient():
     weights[0].grad = torch.eye(4)
     Muon(weights, lr=0.1, weight_decay=0.5).step()
     assert torch.equal(weights[1], torch.ones(4, 4)) and not torch.equal(weights[0], torch.ones(4, 4))
+
+
+def test_our_adamw_is_torchs_to_the_bit():
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.randn(7)]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    groups = [[{"params": [a], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.0}] for a, b in (ours, theirs)]
+    mine = AdamW(groups[0], 0.01, (0.9, 0.95))
+    reference = torch.optim.AdamW(groups[1], lr=0.01, betas=(0.9, 0.95), fused=True)
+    for _ in range(7):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_training_starts_without_importing_the_compiler():
+    code = (
+        "import sys, torch\nfrom kobza.config import ModelConfig, TrainConfig\nfrom kobza.model import build\n"
+        "from kobza.optim import make_optimizers\nmodel = build(ModelConfig(vocab_size=9, n_layer=1, n_embd=8, n_head=2))\n"
+        "optimizers = make_optimizers(model, TrainConfig())\nmodel(torch.zeros((1, 4), dtype=torch.long)).sum().backward()\n"
+        "[(o.step(), o.zero_grad()) for o in optimizers]\nassert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

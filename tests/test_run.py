@@ -13,7 +13,7 @@ import pytest
 
 from kobza.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_best
 from kobza.cli import main
-from kobza.kernels import cpu as kernels
+from kobza.kernels import fused as kernels
 from kobza.recipes import train as recipe
 
 SMALL = (  # whatever the default preset says
@@ -128,7 +128,7 @@ FUSED = {"--model.norm=rmsnorm": "--model.norm=layernorm", "--model.qk_norm=true
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_kill_9_changes_nothing_in_bf16(fused, text, tmp_path):
-    """With dropout through the plain blocks, without it through the fused ones of kernels/cpu.py."""
+    """With dropout through the plain blocks, without it through the fused ones of kernels/fused.py."""
     bf16 = [word.replace("fp32", "bf16") for word in SMALL] + ([] if fused else HARD)
     bf16 = [FUSED.get(word, word) if fused else word for word in bf16]
     for name in ("straight", "killed"):

@@ -6,17 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from kobza.checkpoint import load_checkpoint
 from kobza.config import InputError, SampleConfig
-from kobza.device import pick_device
-from kobza.recipes.generate import encode_prompt, write_text
+from kobza.recipes.generate import encode_prompt, open_model, write_text
 
 PARAGRAPH = "\n\n"  # a model trained on plays ends a speech with an empty line
 
 
-def main(path: Path, stop: list[str] | None, unknown: str, device: str, config: SampleConfig) -> int:
+def main(path: Path, stop: list[str] | None, unknown: str, device: str, precision: str, config: SampleConfig) -> int:
     """Read lines until the input ends, writing a continuation after each -> exit code."""
-    loaded = load_checkpoint(path, pick_device(device), unknown)
+    loaded = open_model(path, device, precision, unknown)
     stops = stop if stop else [PARAGRAPH]
     history, turn = "", 0
     print(f"{path}: {loaded.provenance.get('step', '?')} steps; your line is continued; an empty line or Ctrl-D ends")

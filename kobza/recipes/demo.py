@@ -20,7 +20,7 @@ def main(config: RunConfig, out: Path, device: str) -> int:
         if code:
             return code
     print()
-    generate.main(out, PROMPT, 1, [], False, "skip", device, False, SampleConfig(tokens=400))
+    generate.main(out, PROMPT, 1, [], False, "skip", device, "auto", False, SampleConfig(tokens=400))
     print(f"\npicture   {out / 'loss.png'}\nreport    {out / 'report.html'}")
     print(f"next      kobza generate {out} --prompt 'JULIET:' --temperature 0.9 --seed 7\n          kobza chat {out}")
     print(f"          kobza describe {out}\n          kobza train YOUR_TEXT.txt --out runs/mine")

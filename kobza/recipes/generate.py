@@ -9,14 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kobza.checkpoint import Loaded, load_checkpoint
 from kobza.config import SampleConfig, require
-from kobza.device import memory_error, pick_device
+from kobza.device import make_runtime, memory_error
 from kobza.generate import generate
+from kobza.kernels import packed
+from kobza.model import n_parameters
 from kobza.tokenizer import StreamDecoder, Tokenizer
 
+CACHE_BYTES = 32 << 20  # float32 weights up to here stay in a processor's cache, and packing them gains nothing
 CANDIDATES = 5  # shown at each step by --show-probabilities
 
 
@@ -28,12 +32,13 @@ def main(
     show_probabilities: bool,
     unknown: str | None,
     device: str,
+    precision: str,
     as_json: bool,
     config: SampleConfig,
 ) -> int:
     """Print `samples` continuations of the prompt -> exit code."""
     require(samples > 0, f"--samples is {samples}; it must be at least 1")
-    loaded = load_checkpoint(path, pick_device(device), unknown)
+    loaded = open_model(path, device, precision, unknown)
     prompt = line_start(loaded.tokenizer) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
     ids = encode_prompt(loaded.tokenizer, prompt)
     if show_probabilities or as_json:
@@ -47,6 +52,21 @@ def main(
             for i, text in enumerate(write_texts(loaded, ids, samples, stops, config)):
                 print(f"{'' if i == 0 else chr(10)}--- sample {i + 1}, seed {config.seed + i}\n{prompt}{text}")
     return 0
+
+
+def open_model(path: Path, device: str, precision: str, unknown: str | None) -> Loaded:
+    """The model behind a run or checkpoint, in the number format to generate in. "auto" takes bf16 where it is the faster: on a
+    GPU that has it, and on a CPU that has it for weights beyond its cache, which every token reads whole."""
+    runtime = make_runtime(device, "auto")
+    loaded = load_checkpoint(path, runtime.device, unknown)
+    on_cpu, weights = runtime.device.type == "cpu", 4 * n_parameters(loaded.model)
+    if precision == "auto":
+        precision = "fp32" if runtime.precision != "bf16" or (on_cpu and weights <= CACHE_BYTES) else "bf16"
+    if precision == "bf16" and on_cpu and packed.supports(loaded.model):
+        packed.use(loaded.model)
+    elif precision == "bf16":
+        loaded.model.to(torch.bfloat16)
+    return loaded
 
 
 def line_start(tokenizer: Tokenizer) -> str:

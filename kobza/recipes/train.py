@@ -25,7 +25,7 @@ from kobza.describe.parts import training_bytes
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
 from kobza.doctor.blackbox import record_failure, refuse_spoiled
 from kobza.hub.shakespeare import default_text
-from kobza.kernels import cpu
+from kobza.kernels import fused as fused_blocks
 from kobza.log import MetricsLog, ProgressLine
 from kobza.model import GPT, build, n_parameters, training_flops_per_token
 from kobza.optim import make_optimizers
@@ -45,6 +45,7 @@ from kobza.run import (
 from kobza.train import NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
 
 EVAL_TOKENS = 200_000  # train.eval_tokens 0: enough that the loss of a window is known to about 0.003 nats
+EVAL_BATCH_TOKENS = 4096  # without a backward pass there is room for more rows, and a CPU is quicker with them
 COMPILE_SECONDS = 60  # what torch.compile takes on a GPU machine before the first step
 
 
@@ -86,12 +87,13 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
     restore_training(run, training)
     standing = training.standing
     compiled = compile_pays(config, runtime, model)
-    fused = config.kernels == "auto" and device.type == "cpu" and not compiled and cpu.supports(model.config)
+    fused = config.kernels == "auto" and device.type == "cpu" and not compiled and fused_blocks.supports(model.config)
     if fused:
-        cpu.use(model)
+        fused_blocks.use(model)
     network: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
     loss_fn = next_token_loss(runtime.compute_dtype)
-    held_out = eval_batches(run.corpus.val, config.micro_batch, seq_len, config.eval_tokens or EVAL_TOKENS, device)
+    rows = max(config.micro_batch, EVAL_BATCH_TOKENS // seq_len)
+    held_out = eval_batches(run.corpus.val, rows, seq_len, config.eval_tokens or EVAL_TOKENS, device)
     val_bytes = bytes_per_token(run.corpus.val, run.tokenizer)
     metrics = MetricsLog(run.out / "metrics.jsonl", standing.step)
     commentator = Commentator(run, model, console, metrics.records)

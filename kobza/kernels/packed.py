@@ -1,0 +1,150 @@
+"""Blocks for generating on a CPU: weights in bf16, in the order in which oneDNN's product reads them, q k v in one.
+
+A new token costs one pass over all weights, so bytes decide: bf16 halves them, and a weight that lies packed is not rearranged on
+every call, which halves the rest. Bias and activation ride in the product. For inference only: packed weights are no
+parameters. A text comes out the same alone and in a batch, to the bit where tried
+(AVX512-BF16). The ops are those that torch.compile itself calls on a CPU; `supports` says whether this torch has them.
+
+Shapes as in model.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kobza.device import cpu_multiplies_bf16
+from kobza.model import GPT, Attention, Block, Cache, GatedMLP, rotate
+from kobza.surgery import replace_modules
+
+# oneDNN shares a long sum among threads when there is a single row, which rounds otherwise than in a batch
+LONG_SUM = 512
+
+
+def supports(model: GPT) -> bool:
+    """Whether blocks of this model can be packed here: on a CPU with bf16 products and a torch with oneDNN's linear."""
+    ops = [getattr(torch.ops.mkldnn, name, None) for name in ("_reorder_linear_weight", "_linear_pointwise")]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return on_cpu and torch.backends.mkldnn.is_available() and all(ops) and cpu_multiplies_bf16()
+
+
+def use(model: GPT) -> list[str]:
+    """Turn the model to bf16 and put a PackedBlock in place of each Block -> the names replaced. It generates only."""
+    model.to(torch.bfloat16).requires_grad_(False)
+    replace_modules(model, lambda name, _: name == "lm_head", PackedHead)
+    return replace_modules(model, lambda _, module: isinstance(module, Block), PackedBlock)
+
+
+class PackedLinear:
+    """One or more Linear layers of the same input as one product, its weight packed. (..., in) -> (..., sum of outs).
+
+    No Module: it has no parameters, and a Module's call costs as much as a tenth of the product."""
+
+    def __init__(self, *layers: nn.Linear, gelu: str | None = None):
+        weight = torch.cat([layer.weight for layer in layers]).detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).detach()
+        self.post = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1] > LONG_SUM:
+            twice = x.expand(2, *x.shape[1:]).contiguous()
+            return torch.ops.mkldnn._linear_pointwise(twice, self.weight, self.bias, *self.post)[:1]
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.post)
+
+
+class PackedHead(nn.Module):
+    """The lm_head, packed. (B, T, C) -> (B, T, V)."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.product = PackedLinear(plain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class PackedAttention(nn.Module):
+    """Attention over packed weights. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, plain: Attention):
+        super().__init__()
+        self.layer, self.head_dim = plain.layer, plain.head_dim
+        self.widths = [plain.q_proj.out_features, plain.k_proj.out_features, plain.v_proj.out_features]
+        self.qkv_proj = PackedLinear(plain.q_proj, plain.k_proj, plain.v_proj)
+        self.o_proj = PackedLinear(plain.o_proj)
+        self.qk_norm = None if isinstance(plain.qk_norm, nn.Identity) else plain.qk_norm
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv_proj(x).split(self.widths, dim=-1))
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q), self.qk_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = attend_by_products(q.to(k.dtype), k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in two batched products, causal where there is no mask. q (B, H, T, D); k, v (B, K, S, D) ->
+    (B, H, T, D). Torch's fused form rounds by the number of rows; this one gives each row the same bits alone and in a batch."""
+    B, H, T, D = q.shape
+    groups, S = H // k.shape[1], k.shape[2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.bmm((q * D**-0.5).reshape(B * H, T, D), k.flatten(0, 1).mT)  # (B H, T, S)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    if mask is not None:
+        scores.view(B, H, T, S).masked_fill_(~mask, float("-inf"))
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(B, H, T, D)
+
+
+class PackedMLP(nn.Module):
+    """MLP over packed weights, GELU within the product. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        gelu = plain.act.approximate if isinstance(plain.act, nn.GELU) else None
+        self.up_proj = PackedLinear(plain.up_proj, gelu=gelu)
+        self.act = None if gelu else plain.act
+        self.down_proj = PackedLinear(plain.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up_proj(x)
+        return self.down_proj(h if self.act is None else self.act(h))
+
+
+class PackedGatedMLP(nn.Module):
+    """SwiGLU over packed weights, gate and up in one product. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, plain: GatedMLP):
+        super().__init__()
+        self.gate_up = PackedLinear(plain.gate_proj, plain.up_proj)
+        self.down_proj = PackedLinear(plain.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class PackedBlock(Block):
+    """A Block over packed weights."""
+
+    def __init__(self, plain: nn.Module):
+        nn.Module.__init__(self)
+        self.attn_norm, self.mlp_norm = plain.attn_norm, plain.mlp_norm
+        self.attn = PackedAttention(plain.attn)
+        self.mlp = PackedGatedMLP(plain.mlp) if isinstance(plain.mlp, GatedMLP) else PackedMLP(plain.mlp)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
