@@ -72,7 +72,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)  # torch's kernel computes in float32 inside
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, self.eps)  # torch's kernel computes in float32 inside
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:

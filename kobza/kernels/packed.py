@@ -70,7 +70,8 @@ class PackedAttention(nn.Module):
     def __init__(self, plain: Attention):
         super().__init__()
         self.layer, self.head_dim = plain.layer, plain.head_dim
-        self.widths = [plain.q_proj.out_features, plain.k_proj.out_features, plain.v_proj.out_features]
+        n_kv_head = plain.k_proj.out_features // plain.head_dim
+        self.heads = [plain.q_proj.out_features // plain.head_dim, n_kv_head, n_kv_head]
         self.qkv_proj = PackedLinear(plain.q_proj, plain.k_proj, plain.v_proj)
         self.o_proj = PackedLinear(plain.o_proj)
         self.qk_norm = None if isinstance(plain.qk_norm, nn.Identity) else plain.qk_norm
@@ -79,8 +80,9 @@ class PackedAttention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
         B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv_proj(x).split(self.widths, dim=-1))
+        q, k, v = (
+            self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
+        )  # (B, H | K, T, D)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q), self.qk_norm(k)
         if rope is not None:
