@@ -1,0 +1,70 @@
+"""Every kobza command in the README and the docs runs, on a small text and a small model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kobza import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = "--model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.n_ff 32 --model.max_seq_len 16".split()
+QUICK = "--train.steps 4 --train.micro_batch 4 --train.eval_interval 2".split()
+VERSE = "ROMEO:\nWhat light is this?\n\nJULIET:\nIt is the east, and I am here; so speak, JULIET says.\n\n" * 40
+
+
+def commands(page: Path) -> list[str]:
+    """The kobza lines of a page's sh blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("kobza ")]
+
+
+ALL = [(page.name, command) for page in PAGES for command in commands(page)]
+
+
+def test_the_readme_has_commands():
+    assert sum(name == "README.md" for name, _ in ALL) >= 10
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the texts that the commands name, and a run in runs/demo and runs/mine."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "poems").mkdir()
+    for name in ("poems.txt", "poems/a.txt", "poems/b.txt"):
+        (folder / name).write_text(VERSE)
+    for run in ("demo", "mine"):
+        out = str(folder / "runs" / run)
+        assert cli.main(["train", str(folder / "poems.txt"), "--out", out, *TINY, *QUICK]) == 0
+    return folder
+
+
+def smaller(words: list[str], instead: list[str]) -> list[str]:
+    """The words of a command with some options and their values replaced."""
+    kept = list(words)
+    for option in instead[::2]:
+        if option in kept:
+            del kept[kept.index(option) : kept.index(option) + 2]
+    return kept + instead
+
+
+@pytest.mark.parametrize("page, command", ALL, ids=[command for _, command in ALL])
+def test_command_runs(page, command, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("kobza.recipes.train.default_text", lambda: (workplace / "poems.txt", "a small text"))
+    monkeypatch.setattr("kobza.recipes.data.shakespeare", lambda: workplace / "poems.txt")
+    monkeypatch.setattr("builtins.input", lambda _="": "")
+    _, verb, *rest = shlex.split(command)
+    if verb == "train" and "--resume" in rest:
+        rest += ["--train.steps", "6"]
+    elif verb == "train":
+        own = f"runs/{abs(hash(command))}"  # the page's own --out is there already, from the fixture
+        rest = smaller(rest, ["--out", own, *TINY, *QUICK] + (["--vocab-size", "260"] if "bpe" in rest else []))
+    if verb == "generate":
+        rest = smaller(rest, ["--tokens", "8"])
+    if verb == "demo":
+        monkeypatch.setattr("kobza.recipes.demo.is_finished", lambda out, steps: True)
+    assert cli.main([verb, *rest]) == 0, capsys.readouterr().err
