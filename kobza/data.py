@@ -305,10 +305,11 @@ def load_corpus(folder: Path, max_seq_len: int) -> Corpus:
     n, n_train = index["n_tokens"], index["n_train"]
     require(n > 0, f"the text is empty: 0 tokens in {len(index['files'])} file(s); give a text")
     shortest = min(n_train, n - n_train)
+    lower = f" or a smaller --model.max_seq_len (below {shortest})" if shortest > 1 else ""
     require(
         shortest > max_seq_len,
         f"the text is too short: {n:,} tokens give {n_train:,} to train and {n - n_train:,} to validate, and each needs "
-        f"more than max_seq_len {max_seq_len}; give more text or a smaller --model.max_seq_len (below {shortest})",
+        f"more than max_seq_len {max_seq_len}; give more text{lower}",
     )
     return Corpus(Tokens(shards, 0, n_train), Tokens(shards, n_train, n), index)
 
