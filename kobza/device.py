@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -33,12 +32,6 @@ class Runtime:
     def compute_dtype(self) -> torch.dtype:
         """Number format of activations and matrix products."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
-
-    def autocast(self) -> Any:
-        """Context in which matrix products run in `compute_dtype`; norms, softmax and loss stay float32."""
-        if self.compute_dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
 
 
 def pick_device(name: str = "auto") -> torch.device:
