@@ -11,7 +11,7 @@ import errno
 import importlib
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,8 +26,9 @@ from kobza.config import (
     RunConfig,
     SampleConfig,
     TrainConfig,
+    check_keys,
+    check_sections,
     load_toml,
-    nearest,
     preset,
     require,
     run_from_dict,
@@ -276,18 +277,14 @@ class Presets:
 
     def flatten(self, values: dict[str, Any], source: str) -> dict[str, Any]:
         """{"seed": 1, "train": {"steps": 2}} -> {"seed": 1, "train.steps": 2}; a name that nobody knows is refused."""
+        check_sections(values, source)
         flat = {}
         for name, value in values.items():
-            known = [*SECTIONS, "seed"]
-            require(name in known, f"{source}: unknown section {name!r}{nearest(name, known)}")
             if name == "seed":
                 flat[name] = value
                 continue
-            require(isinstance(value, dict), f"{source}: {name} is {value!r}; it must be a table [{name}]")
-            keys = [field.name for field in fields(SECTIONS[name])]
-            for key in value:
-                require(key in keys, f"{source} [{name}]: unknown key {key!r}{nearest(key, keys)}")
-                flat[f"{name}.{key}"] = value[key]
+            check_keys(SECTIONS[name], value, f"{source} [{name}]")
+            flat |= {f"{name}.{key}": value[key] for key in value}
         return flat
 
     def fill(self, arguments: Any, flat: dict[str, Any], source: str) -> None:

@@ -280,19 +280,31 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 
 def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
     """A dataclass from a dict; an unknown key or a value of the wrong type is refused. `where` names the source."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    check_keys(cls, values, where)
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
     for key, value in values.items():
-        require(key in fields, f"{where}: unknown key {key!r}{nearest(key, list(fields))}")
-        _check_type(f"{where}: {key}", value, fields[key].type)
+        _check_type(f"{where}: {key}", value, types[key])
     return cls(**values)
 
 
-def run_from_dict(values: dict[str, Any], where: str) -> RunConfig:
-    """A RunConfig from {"model": {...}, "data": {...}, "train": {...}, "seed": n}; missing parts take defaults."""
+def check_sections(values: dict[str, Any], where: str) -> None:
+    """Refuse a name at the top of a run's settings that nobody knows, and a section that is no table."""
     known = [*SECTIONS, "seed"]
     for key, value in values.items():
         require(key in known, f"{where}: unknown section {key!r}{nearest(key, known)}")
         require(key == "seed" or isinstance(value, dict), f"{where}: {key} is {value!r}; it must be a table [{key}]")
+
+
+def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
+    """Refuse a key that is no field of the dataclass, naming the nearest."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        require(key in known, f"{where}: unknown key {key!r}{nearest(key, known)}")
+
+
+def run_from_dict(values: dict[str, Any], where: str) -> RunConfig:
+    """A RunConfig from {"model": {...}, "data": {...}, "train": {...}, "seed": n}; missing parts take defaults."""
+    check_sections(values, where)
     parts = {name: from_dict(cls, values.get(name, {}), f"{where} [{name}]") for name, cls in SECTIONS.items()}
     return RunConfig(**parts, seed=values.get("seed", 0))
 

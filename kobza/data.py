@@ -297,14 +297,17 @@ def _token_blocks(documents: Documents, tokenizer: Tokenizer) -> Iterator[np.nda
 
 def load_corpus(folder: Path, max_seq_len: int) -> Corpus:
     """The Corpus of a folder that `prepare` wrote; refuses one too short for the context."""
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    shards = tuple(
-        np.memmap(folder / f"{i:05d}.bin", dtype=index["dtype"], mode="r", shape=(n,))
-        for i, n in enumerate(index["shards"])
-    )
-    n, n_train = index["n_tokens"], index["n_train"]
-    require(n > 0, f"the text is empty: 0 tokens in {len(index['files'])} file(s); give a text")
-    shortest = min(n_train, n - n_train)
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        sizes = enumerate(index["shards"])
+        shards = tuple(np.memmap(folder / f"{i:05d}.bin", index["dtype"], "r", shape=(size,)) for i, size in sizes)
+        n, n_train, n_files = index["n_tokens"], index["n_train"], len(index["files"])
+        shortest = min(n_train, n - n_train)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}: index.json and the shards do not fit ({error!r}); train in another --out"
+        ) from None
+    require(n > 0, f"the text is empty: 0 tokens in {n_files} file(s); give a text")
     lower = f" or a smaller --model.max_seq_len (below {shortest})" if shortest > 1 else ""
     require(
         shortest > max_seq_len,

@@ -119,22 +119,10 @@ def open_run(out: Path, config: RunConfig | None = None) -> Run:
         f"model.vocab_size is {asked} but the tokenizer has {tokenizer.vocab_size}; leave model.vocab_size out",
     )
     full = replace(saved, model=replace(saved.model, vocab_size=tokenizer.vocab_size))
-    corpus = open_corpus(out / "tokens", full.model.max_seq_len)
+    corpus = load_corpus(out / "tokens", full.model.max_seq_len)
     if config is not None:
         write_file(path, tomli_w.dumps(to_dict(full)))
     return Run(out, full, tokenizer, corpus)
-
-
-def open_corpus(folder: Path, max_seq_len: int) -> Corpus:
-    """The run's text as tokens."""
-    try:
-        return load_corpus(folder, max_seq_len)
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}: index.json and the shards do not fit ({error!r}); train in another --out"
-        ) from None
 
 
 def write_tokens(out: Path, config: RunConfig, text: Sequence[str]) -> None:

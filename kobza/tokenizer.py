@@ -27,6 +27,7 @@ class Tokenizer:
         self.pieces, self.specials = pieces, specials
         self.vocab_size = len(pieces)
         self.eot_id, self.bos_id = specials.get(EOT), specials.get(BOS)
+        self.ends = [] if self.eot_id is None else [self.eot_id]  # the ids that end a text
         self.piece_bytes = np.array([len(piece) for piece in pieces], dtype=np.int64)
 
     def encode(self, text: str, line: int = 1) -> np.ndarray:
@@ -40,6 +41,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+    def line_start(self) -> str:
+        """A prompt that says nothing: a line end, or where the vocabulary has none, its first character."""
+        return "\n" if b"\n" in self.pieces else self.decode([0])
 
     def show(self, i: int) -> str:
         """One token for a person: its text quoted, or its name if it is special."""

@@ -1,5 +1,6 @@
 """What every test relies on: one thread, and property tests that draw the same examples each time."""
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -10,3 +11,13 @@ torch.set_num_threads(1)
 # No deadline: a busy machine is not a bug. Derandomized: a change fails for what it does, not for its luck.
 settings.register_profile("kobza", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("kobza")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The path of a small text to train on."""
+    from test_run import verse
+
+    path = tmp_path_factory.mktemp("text") / "verse.txt"
+    path.write_text(verse())
+    return str(path)

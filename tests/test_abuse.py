@@ -12,17 +12,10 @@ import time
 
 import pytest
 import torch
-from test_run import SMALL, at_step, no_pictures, verse  # noqa: F401 (no_pictures acts on every test here)
+from test_run import SMALL, at_step, no_pictures  # noqa: F401 (no_pictures acts on every test here)
 
 from kobza.checkpoint import checkpoint_path, list_checkpoints, verify
 from kobza.cli import main
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "verse.txt"
-    path.write_text(verse())
-    return str(path)
 
 
 @pytest.fixture(scope="module")

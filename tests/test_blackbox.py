@@ -5,18 +5,11 @@ import math
 
 import pytest
 import torch
-from test_run import HARD, SMALL, at_step, no_pictures, records, verse  # noqa: F401 (no_pictures acts on every test here)
+from test_run import HARD, SMALL, at_step, no_pictures, records  # noqa: F401 (no_pictures acts on every test here)
 
 from kobza.checkpoint import list_checkpoints, load_checkpoint
 from kobza.cli import main
 from kobza.recipes import train as recipe
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "verse.txt"
-    path.write_text(verse())
-    return str(path)
 
 
 @pytest.fixture

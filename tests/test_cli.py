@@ -6,18 +6,11 @@ import sys
 import tomllib
 
 import pytest
-from test_run import SMALL, no_pictures, verse  # noqa: F401 (no_pictures acts on every test here)
+from test_run import SMALL, no_pictures  # noqa: F401 (no_pictures acts on every test here)
 
 from kobza import __version__
 from kobza.cli import main
 from kobza.config import SECTIONS, load_toml, preset, preset_names, run_from_dict, to_dict
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "verse.txt"
-    path.write_text(verse())
-    return str(path)
 
 
 @pytest.fixture

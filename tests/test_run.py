@@ -82,13 +82,6 @@ def at_step(monkeypatch, step, act):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "verse.txt"
-    path.write_text(verse())
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def straight(text, tmp_path_factory):
     """A run of 40 steps without a stop."""
     out = tmp_path_factory.mktemp("runs") / "straight"
@@ -99,7 +92,7 @@ def straight(text, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch, request):
     """Pictures cost a second; test_story.py draws them."""
-    monkeypatch.setattr(recipe, "draw", lambda out, _: (out / "loss.png", out / "report.html"))
+    monkeypatch.setattr(recipe, "draw", lambda run, *_: (run.out / "loss.png", run.out / "report.html"))
 
 
 def resume(out, *more):

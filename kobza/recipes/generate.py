@@ -39,7 +39,7 @@ def main(
     """Print `samples` continuations of the prompt -> exit code."""
     require(samples > 0, f"--samples is {samples}; it must be at least 1")
     loaded = open_model(path, device, precision, unknown)
-    prompt = line_start(loaded.tokenizer) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
+    prompt = loaded.tokenizer.line_start() if prompt is None else sys.stdin.read() if prompt == "-" else prompt
     ids = encode_prompt(loaded.tokenizer, prompt)
     if show_probabilities or as_json:
         return detailed(loaded, prompt, ids, samples, stops, show_probabilities, as_json, config)
@@ -67,11 +67,6 @@ def open_model(path: Path, device: str, precision: str, unknown: str | None) -> 
     elif precision == "bf16":
         loaded.model.to(torch.bfloat16)
     return loaded
-
-
-def line_start(tokenizer: Tokenizer) -> str:
-    """A prompt that says nothing: a line end, or where the vocabulary has none, its first character."""
-    return "\n" if b"\n" in tokenizer.pieces else tokenizer.decode([0])
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -105,7 +100,7 @@ def write_text(
 ) -> str:
     """Generate one text, calling show(piece) as it grows -> the whole."""
     stream, finder, parts = StreamDecoder(loaded.tokenizer), StopFinder(stops), []
-    for choice in generate(loaded.model, [ids], config, ends(loaded.tokenizer)):
+    for choice in generate(loaded.model, [ids], config, loaded.tokenizer.ends):
         if choice.ids[0] is not None:
             parts.append(finder.feed(stream.feed(choice.ids[0])))
             show(parts[-1])
@@ -121,7 +116,7 @@ def write_texts(loaded: Loaded, ids: list[int], samples: int, stops: list[str], 
     streams = [StreamDecoder(loaded.tokenizer) for _ in range(samples)]
     finders = [StopFinder(stops) for _ in range(samples)]
     texts = [""] * samples
-    for choice in generate(loaded.model, [ids] * samples, config, ends(loaded.tokenizer)):
+    for choice in generate(loaded.model, [ids] * samples, config, loaded.tokenizer.ends):
         for i, token in enumerate(choice.ids):
             if token is not None and not finders[i].found:
                 texts[i] += finders[i].feed(streams[i].feed(token))
@@ -129,11 +124,6 @@ def write_texts(loaded: Loaded, ids: list[int], samples: int, stops: list[str], 
             break
     rests = (f.feed(s.flush()) + f.held if not f.found else "" for f, s in zip(finders, streams, strict=True))
     return [text + rest for text, rest in zip(texts, rests, strict=True)]
-
-
-def ends(tokenizer: Tokenizer) -> list[int]:
-    """Ids that end a text."""
-    return [] if tokenizer.eot_id is None else [tokenizer.eot_id]
 
 
 def detailed(
@@ -153,7 +143,7 @@ def detailed(
     for i in range(samples):
         one, steps, text, finder = replace(config, seed=config.seed + i), [], "", StopFinder(stops)
         stream = StreamDecoder(loaded.tokenizer)
-        for choice in generate(loaded.model, [ids], one, ends(loaded.tokenizer)):
+        for choice in generate(loaded.model, [ids], one, loaded.tokenizer.ends):
             steps.append(candidates(loaded.tokenizer, choice.logits[0], choice.ids[0]))
             text += finder.feed(stream.feed(choice.ids[0]))
             if not as_json:

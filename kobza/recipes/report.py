@@ -17,10 +17,9 @@ from kobza.run import open_run
 def main(path: Path, as_json: bool) -> int:
     """Draw and remark -> exit code."""
     run = open_run(path)
-    n_params = total_parameters(run.config.model)
-    picture, page = draw(path, n_params)
-    landmarks = landmarks_of(run)
-    found = remarks(read_records(path), landmarks, facts_of(run, n_params))
+    records, landmarks, facts = read_records(path), landmarks_of(run), facts_of(run, total_parameters(run.config.model))
+    picture, page = draw(run, records, landmarks, facts)
+    found = remarks(records, landmarks, facts)
     best = read_best(path)
     if as_json:
         content = {"best": best, "remarks": [asdict(r) for r in found], "picture": str(picture), "report": str(page)}

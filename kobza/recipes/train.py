@@ -27,10 +27,10 @@ from kobza.doctor.blackbox import record_failure, refuse_spoiled
 from kobza.hub.shakespeare import default_text
 from kobza.kernels import fused as fused_blocks
 from kobza.log import MetricsLog, ProgressLine
-from kobza.model import GPT, build, n_parameters, training_flops_per_token
+from kobza.model import GPT, build, training_flops_per_token
 from kobza.optim import make_optimizers
 from kobza.report.console import Commentator, figures, make_board, write_board
-from kobza.report.pages import draw
+from kobza.report.pages import draw, read_records
 from kobza.run import (
     Run,
     Standing,
@@ -142,7 +142,7 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
         go_on = f"kobza train --resume --out {shlex.quote(str(run.out))}"
         console.print(f"interrupted at step {standing.step}; saved. Go on: {go_on}", markup=False, soft_wrap=True)
         return 130
-    picture, page = draw(run.out, n_parameters(model))
+    picture, page = draw(run, read_records(run.out), commentator.landmarks, commentator.facts)
     best = read_best(run.out) or {"step": standing.step, "val_loss": None}
     commentator.conclude(outcome, best, standing.seconds, picture, page)
     if as_json:

@@ -103,10 +103,9 @@ class Commentator:
     def sample(self, step: int) -> str:
         """A passage by the model as it stands, begun with a line end where there is one."""
         tokenizer = self.run.tokenizer
-        begin = tokenizer.encode("\n").tolist() if b"\n" in tokenizer.pieces else [0]
-        ends = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+        begin = tokenizer.encode(tokenizer.line_start()).tolist()
         config = SampleConfig(tokens=SAMPLE_TOKENS, seed=self.run.config.seed + step)
-        ids = [choice.ids[0] for choice in generate(self.model, [begin], config, ends)]
+        ids = [choice.ids[0] for choice in generate(self.model, [begin], config, tokenizer.ends)]
         return tokenizer.decode([i for i in ids if i is not None])
 
     def conclude(self, outcome: str, best: dict[str, Any], seconds: float, picture: Any, page: Any) -> None:

@@ -8,24 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from kobza.config import InputError, require, to_dict
-from kobza.report.console import facts_of, landmarks_of
-from kobza.report.metrics import read_metrics
+from kobza.report.coach import Facts
+from kobza.report.landmarks import Landmarks
+from kobza.report.metrics import Record, read_metrics
 from kobza.report.page import write_report
 from kobza.report.picture import loss_figure, write_png
-from kobza.run import open_run
+from kobza.run import Run
 
 
-def draw(out: Path, n_params: int) -> tuple[Path, Path]:
+def draw(run: Run, records: list[Record], landmarks: Landmarks, facts: Facts) -> tuple[Path, Path]:
     """Draw a run's pictures anew -> the paths of loss.png and report.html."""
-    run = open_run(out)
-    records, landmarks = read_records(out), landmarks_of(run)
+    out = run.out
     write_png(out / "loss.png", loss_figure(records, landmarks))
-    facts = facts_of(run, n_params)
     page = write_report(out, records, landmarks, facts, read_samples(out), out.name, to_dict(run.config))
     return out / "loss.png", page
 
 
-def read_records(out: Path) -> list[dict[str, Any]]:
+def read_records(out: Path) -> list[Record]:
     """The records of a run that has made a step."""
     try:
         records = read_metrics(out / "metrics.jsonl")
