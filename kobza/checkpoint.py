@@ -34,7 +34,7 @@ from kobza.config import InputError, RunConfig, require, run_from_dict, to_dict
 from kobza.model import GPT, build
 from kobza.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2  # 2: model.init in place of model.zero_init
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -209,7 +209,7 @@ def read_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     except (ValueError, KeyError, AttributeError):
         raise InputError(f"{path}: not a kobza config (json with a format number)") from None
     require(
-        found == FORMAT,
+        found in (1, FORMAT),  # config.upgraded knows the older names
         f"{path}: format {found} and this kobza reads format {FORMAT}; "
         + "install a newer kobza: pip install -U kobza",
     )

@@ -11,7 +11,7 @@ import errno
 import importlib
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from kobza import __version__
 from kobza.config import (
+    EFFECTS,
     SECTIONS,
     DataConfig,
     InputError,
@@ -28,10 +29,13 @@ from kobza.config import (
     TrainConfig,
     check_keys,
     check_sections,
+    has_types,
     load_toml,
     preset,
     require,
     run_from_dict,
+    upgraded,
+    without_idle,
 )
 
 DEFAULT_PRESET = "demo"
@@ -88,7 +92,7 @@ def train(
     resume: Annotated[bool, Parameter(negative="")] = False,
     device: str = "auto",
     stop_at: float | None = None,
-    tokenizer: Literal["char", "bpe"] | None = None,
+    tokenizer: str | None = None,
     vocab_size: int | None = None,
     unknown: Literal["error", "skip", "bytes"] | None = None,
     text_field: str | None = None,
@@ -241,6 +245,62 @@ def report(run: Path, /, *, json: Json = False) -> int:
     return recipe("report").main(run, json)
 
 
+@app.command(name="eval")
+def eval_(
+    run: Path,
+    /,
+    *text: Hyphened,
+    tasks: Path | None = None,
+    checkpoints: Annotated[bool, Parameter(negative="")] = False,
+    stride: int | None = None,
+    most: int | None = None,
+    samples: int | None = None,
+    sample_tokens: int | None = None,
+    seed: int | None = None,
+    text_field: str | None = None,
+    unknown: Literal["error", "skip"] | None = None,
+    device: str = "auto",
+    json: Json = False,
+) -> int:
+    """Measure a model: its loss on a text, what it writes, what it has learned by heart, and tasks; all with intervals.
+
+    Parameters
+    ----------
+    run
+        a run's folder (its best checkpoint) or a checkpoint's
+    text
+        files or folders as for `train`; none: the run's own held-out part
+    tasks
+        a .jsonl of multiple-choice and generation tasks; without TEXT nothing else is measured
+    checkpoints
+        measure all checkpoints of the run, a row each, and draw eval.png beside them
+    stride
+        tokens by which the window moves on through a long text; 1 gives each token all the context there is;
+        default: half of max_seq_len
+    most
+        tokens of the text that are read; 0: all; default: 200,000
+    samples
+        texts that the model writes to be measured; default: 32
+    sample_tokens
+        tokens of each; default: 512
+    seed
+        of the written texts; default: 0
+    text_field
+        field of a .jsonl object or column of a .csv that holds the text; default: text
+    unknown
+        a character of the text outside the vocabulary: refuse it or skip it
+    device
+        auto, cpu, cuda or mps
+    """
+    given = {"stride": stride, "most": most, "samples": samples, "sample_tokens": sample_tokens, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given if tasks and not text else ():
+        require(False, f"--{name.replace('_', '-')} has no effect with --tasks alone; name a TEXT too")
+    require(bool(text) or text_field is None, "--text-field has no effect without a TEXT of .jsonl or .csv")
+    how = (text_field or "text", unknown, device, json)
+    return recipe("eval").main(run, list(text), tasks, checkpoints, *how, given)
+
+
 @app.command
 def replay(bundle: Path, /, *, json: Json = False) -> int:
     """Re-run the step that met an inf or nan and name the first bad tensor.
@@ -251,6 +311,88 @@ def replay(bundle: Path, /, *, json: Json = False) -> int:
         RUN/blackbox/<step>, or a run's folder: its last bundle
     """
     return recipe("replay").main(bundle, json)
+
+
+lab = App(name="lab", help="Settle a question of design by paired runs with statistics.")
+app.command(lab)
+
+
+@lab.command(name="run")
+def lab_run(
+    *designs: Annotated[str, Parameter(required=True)],
+    out: Path = Path("runs/lab"),
+    jobs: int = 0,
+    device: str = "auto",
+    json: Json = False,
+) -> int:
+    """Do the runs of designs that are not done yet, side by side, and report.
+
+    Parameters
+    ----------
+    designs
+        TOML files (docs/lab.md), or aa: the control whose arms are equal
+    out
+        the lab's folder; designs may share one, and then no run is done twice
+    jobs
+        runs at a time, each with its share of the cores; 0: one a core, and one alone where seconds are matched
+    device
+        auto, cpu, cuda or mps
+    """
+    return recipe("lab").run(list(designs), out, jobs, device, json)
+
+
+@lab.command(name="report")
+def lab_report(*folders: Path, summary: Path | None = None, json: Json = False) -> int:
+    """Write the reports of designs again from what is done, complete or not.
+
+    Parameters
+    ----------
+    folders
+        labs' folders, or a design's folder in one; default: runs/lab
+    summary
+        also write one markdown table of all their questions here
+    """
+    return recipe("lab_report").main(list(folders) or [Path("runs/lab")], summary, json)
+
+
+@app.command
+def tokens(
+    text: Hyphened | None = None,
+    /,
+    *,
+    with_: Annotated[str | None, Parameter(name="--with")] = None,
+    vocab_size: int = 0,
+    first: int = 40,
+    fit: Annotated[bool, Parameter(negative="")] = False,
+    model: str | None = None,
+    json: Json = False,
+) -> int:
+    """Show a text under several tokenizers side by side: ids, pieces, counts, scripts. --fit: say which suits a text and a model.
+
+    A character that lies in several tokens is shown whole with its share, as in ї:1/2 ї:2/2.
+
+    Parameters
+    ----------
+    text
+        the name of a file or folder; - for standard input; anything else is itself the text
+    with_
+        tokenizers, joined by commas: char, byte, bpe (learned from the text), encodings (o200k_base), files, runs; default
+        char,byte,bpe
+    vocab_size
+        tokens of the BPE learned here; default 4096
+    first
+        rows of pieces to show; the counts are of the whole text
+    fit
+        recommend a tokenizer for the text (default: Shakespeare), and judge those of --with
+    model
+        with --fit: the preset, run or TOML file that will be trained; default demo
+    """
+    if fit:
+        require(first == 40, f"--first {first} has no effect with --fit")
+        return recipe("fit").main(text, model or DEFAULT_PRESET, with_, vocab_size, json)
+    require(model is None, f"--model {model} has no effect without --fit")
+    require(text is not None, "no text; give one, the name of a file, or - for standard input")
+    return recipe("tokens").main(text, with_, vocab_size, first, json)
 
 
 @app.command
@@ -266,7 +408,7 @@ class Presets:
         """Called by cyclopts after argv is read and before the defaults; fills what argv left open."""
         given = {a.name: a.tokens[0].value or "true" for a in arguments if a.tokens and a.name.startswith("--")}
         for values, source in self.sources(given) if commands == ("train",) else ():
-            self.fill(arguments, self.flatten(values, source), source)
+            self.fill(arguments, self.flatten(self.fitting(values, arguments, source), source), source)
         options = [argument.name for argument in arguments]
         for argument in arguments:
             for token in argument.tokens:
@@ -275,11 +417,27 @@ class Presets:
                 if argument.name == "TEXT":
                     check_text(token.value, options)
 
+    def fitting(self, values: dict[str, Any], arguments: Any, source: str) -> dict[str, Any]:
+        """The values less those that stronger settings leave without effect: with --model.norm none a preset's norm_weight.
+        Where a value is of the wrong type, all stay: it is refused under its option's name later."""
+        check_sections(values, source)
+        values = upgraded(values)
+        for section in [name for name in EFFECTS if name in values]:
+            check_keys(SECTIONS[section], values[section], f"{source} [{section}]")
+            if not has_types(SECTIONS[section], values[section]):
+                continue
+            options = {f"--{section}.{f.name}".replace("_", "-"): f for f in fields(SECTIONS[section])}
+            given = [(options[a.name], a.tokens[0]) for a in arguments if a.tokens and a.name in options]
+            stronger = {f.name: read(token, f.type) for f, token in given}
+            known = {name: value for name, value in stronger.items() if value is not None}
+            values = values | {section: without_idle(section, values[section], known)}
+        return values
+
     def flatten(self, values: dict[str, Any], source: str) -> dict[str, Any]:
         """{"seed": 1, "train": {"steps": 2}} -> {"seed": 1, "train.steps": 2}; a name that nobody knows is refused."""
         check_sections(values, source)
         flat = {}
-        for name, value in values.items():
+        for name, value in upgraded(values).items():
             if name == "seed":
                 flat[name] = value
                 continue
@@ -306,6 +464,17 @@ class Presets:
         path = Path(given["--out"]) / "config.toml"
         require(path.exists(), f"{path.parent}: no run here to go on with (no config.toml); start one without --resume")
         return [*files, (load_toml(path), str(path))]
+
+
+def read(token: Token, annotation: Any) -> Any:
+    """What an option's token stands for. read(Token(value="8"), "int") -> 8; None where it is no such value: cyclopts says so."""
+    if isinstance(token.implicit_value, bool):
+        return token.implicit_value
+    kinds = {"int": int, "float": float, "bool": lambda text: text.lower() == "true"}
+    try:
+        return kinds.get(annotation, str)(token.value)
+    except ValueError:
+        return None
 
 
 def check_whole(name: str, value: str) -> None:

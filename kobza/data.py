@@ -101,7 +101,7 @@ def _open(file: str) -> BinaryIO:
 
 
 def text_blocks(source: str, stream: BinaryIO) -> Iterator[str]:
-    """Decoded blocks of a UTF-8 stream, each ending at a line end where there is one; \\r\\n becomes \\n."""
+    """Decoded blocks of a UTF-8 stream, cut where it changes no ids, else at a line end; \\r\\n becomes \\n."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, rest = 0, ""
     while True:
@@ -118,12 +118,26 @@ def text_blocks(source: str, stream: BinaryIO) -> Iterator[str]:
         )
         offset += len(raw)
         text = rest + text
-        cut = len(text) if not raw else text.rfind("\n") + 1 or len(text) - text.endswith("\r")
+        cut = last_cut(text) if raw else len(text)
         rest = text[cut:]
         if cut:
             yield text[:cut].replace("\r\n", "\n")
         if not raw:
             return
+
+
+def last_cut(text: str) -> int:
+    """Where a block that goes on is best cut: at the last place like tokenizer.CUT, else after the last line end, else anywhere.
+
+    last_cut("one\\n\\n  two.\\n  x") -> 3
+    """
+    place = text.rfind("\n")
+    while place > 0:
+        end = place - (text[place - 1] == "\r")
+        if end and text[end - 1].isalnum():
+            return end
+        place = text.rfind("\n", 0, place)
+    return text.rfind("\n") + 1 or len(text) - text.endswith("\r")
 
 
 def _read_block(source: str, stream: BinaryIO) -> bytes:
@@ -242,11 +256,26 @@ def specials_for(documents: Documents, config: DataConfig) -> list[str]:
     return [EOT] * several + [BOS] * config.bos
 
 
+def leading(documents: Documents, share: float) -> Iterator[str]:
+    """The first `share` of the characters, block by block."""
+    left = int(share * sum(len(block) for block in documents.blocks()))
+    for block in documents.blocks():
+        if left > 0:
+            yield block[:left]
+            left -= len(block)
+
+
 def prepare(documents: Documents, config: DataConfig, folder: Path, tokenizer: Tokenizer | None = None) -> Tokenizer:
-    """Write the documents' tokens as shards and index.json into a new folder -> the tokenizer, trained here unless given."""
+    """Write the documents' tokens as shards and index.json into a new folder -> the tokenizer: learned here, or the one given
+    with the special tokens that it lacks for this text."""
+    specials = specials_for(documents, config)
     if tokenizer is None:
-        specials = specials_for(documents, config)
-        tokenizer = train_tokenizer(documents.blocks(), config, specials)
+        whole = config.tokenizer == "char"  # every character needs an id; merges are not learned from what is held out
+        texts = documents.blocks() if whole else leading(documents, 1 - config.val_fraction)
+        tokenizer = train_tokenizer(texts, config, specials)
+    has = {EOT: tokenizer.eot_id, BOS: tokenizer.bos_id}
+    if lacks := [name for name in specials if has[name] is None]:
+        tokenizer = tokenizer.with_specials(lacks)
     folder.mkdir(parents=True)
     dtype = token_dtype(tokenizer.vocab_size)
     digest, lengths, n_documents, n_bytes = hashlib.sha256(), [], 0, 0
@@ -284,13 +313,13 @@ def _token_blocks(documents: Documents, tokenizer: Tokenizer) -> Iterator[np.nda
     end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype=np.int32)
     for source, blocks in documents:
         yield begin
-        line = 1
+        line, continues = 1, False
         for block in blocks:
             try:
-                yield tokenizer.encode(block, line)
+                yield tokenizer.encode(block, line, continues)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
-            line += block.count("\n")
+            line, continues = line + block.count("\n"), True
         yield end
         yield None
 

@@ -30,8 +30,9 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, pad: Tensor | None = None
     ):
-        shape = (2, batch, config.n_kv_head, config.max_seq_len, config.head_dim)
-        self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype)) for _ in range(config.n_layer)]
+        heads = [config.heads(layer)[1] for layer in range(config.n_attention)]
+        shapes = [(2, batch, n_kv_head, config.max_seq_len, config.head_dim) for n_kv_head in heads]
+        self.layers = [tuple(torch.zeros(shape, device=device, dtype=dtype)) for shape in shapes]
         self.device = device
         self.length, self.size, self.pad = 0, config.max_seq_len, pad
 
@@ -127,8 +128,9 @@ def no_repeat_ngram(n: int) -> Processor:
         for i, row in enumerate(rows):
             ending = row[len(row) - n + 1 :]
             repeats = {row[j + n - 1] for j in range(len(row) - n + 1) if row[j : j + n - 1] == ending}
-            if repeats and len(repeats) < logits.shape[-1]:
-                logits[i, sorted(repeats)] = NEVER
+            kept = logits[i].index_fill(0, torch.tensor(sorted(repeats), dtype=torch.long, device=logits.device), NEVER)
+            if kept.isfinite().any():
+                logits[i] = kept
         return logits
 
     return process
@@ -143,6 +145,15 @@ def forbid_until(tokens: int, ids: Sequence[int], prompt_lengths: list[int]) -> 
             if len(row) - prompt_lengths[i] < tokens:
                 logits[i, list(ids)] = NEVER
         return logits
+
+    return process
+
+
+def forbid(of_row: Callable[[list[int]], Tensor]) -> Processor:
+    """Forbid what of_row(ids of a row) -> (V,) bool names; it must leave something."""
+
+    def process(logits: Tensor, rows: list[list[int]]) -> Tensor:
+        return logits.masked_fill(torch.stack([of_row(row) for row in rows]), NEVER)
 
     return process
 

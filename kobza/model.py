@@ -3,22 +3,38 @@
 `ids -> embed (+ position) -> n_layer x [x += attn(norm(x)); x += mlp(norm(x))] -> norm -> lm_head -> logits`
 
 Switches are resolved in `__init__`; a `forward` has no architecture in it. The model knows nothing of training, text, devices
-or files. Its neighbours: generate.py brings the KVCache that `forward` accepts, train.py the loss, optim.py the groups.
+or files. Its neighbours: layers.py has what acts on a token alone, generate.py brings the KVCache that `forward` accepts,
+train.py the loss, optim.py the groups.
 
-Shapes: B batch, T tokens, S keys seen, C n_embd, H n_head, K n_kv_head, D head_dim, F n_ff, V vocab_size.
-Precision: weights are float32; each Linear casts its weight to the dtype of what flows in. Norms, softmax, rope and the loss
-compute in float32.
+Shapes: B batch, T tokens, S keys seen, C n_embd, H n_head, K n_kv_head, D head_dim, V vocab_size.
+Precision: see layers.py; softmax computes in float32.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kobza.config import ModelConfig, require
+from kobza.layers import (
+    GATES,
+    MLP,
+    Ahead,
+    Embedding,
+    GatedMLP,
+    Linear,
+    NoRope,
+    Rope,
+    Sinusoids,
+    make_head_norm,
+    make_norm,
+    rotate,
+    widen,
+)
 
 
 class Cache(Protocol):
@@ -36,71 +52,33 @@ class Cache(Protocol):
         """Count tokens as stored, once all layers have seen them."""
 
 
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input. (..., in) -> (..., out)."""
+class View(NamedTuple):
+    """What a kind of attention, global or windowed, gets besides x: rotary cos and sin, and the mask (None: plain causality)."""
 
-    def reset_parameters(self) -> None:
-        """Nothing: `init_weights` draws every tensor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    rope: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32, cast down before the weight is applied as Llama does. (..., C) -> (..., C)."""
-
-    def __init__(self, size: int, eps: float, weight: bool = True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size)) if weight else None
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = rms_norm(x, self.eps)
-        return y if self.weight is None else y * self.weight.to(x.dtype)
-
-
-class LayerNorm(nn.Module):
-    """(x - mean(x)) / std(x) * weight + bias, in float32. (..., C) -> (..., C)."""
-
-    def __init__(self, size: int, eps: float, weight: bool, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size)) if weight else None
-        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.layer_norm(x, x.shape[-1:], weight, bias, self.eps)  # torch's kernel computes in float32 inside
-
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, in float32. rms_norm([3., 4.], 0) -> [0.85, 1.13]. Zhang & Sennrich 2019."""
-    return F.rms_norm(widen(x), (x.shape[-1],), eps=eps).to(x.dtype)
-
-
-def widen(x: Tensor) -> Tensor:
-    """x in float32, or as it is in float64 (proofs run in it)."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def rope_angles(max_seq_len: int, head_dim: int, theta: float) -> Tensor:
-    """Rotary angles of every position, (max_seq_len, D/2), radians, float32. Su et al. 2021, halves layout as in Llama."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequencies)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by their angles, in float32. x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2)."""
-    left, right = widen(x).chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v with torch's kernels. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T scale) v with torch's kernels; scale None: 1/sqrt(D). q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D)."""
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
+
+
+def attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float, cap: float
+) -> Tensor:
+    """`attend` with scores cap * tanh(scores / cap) (Gemma 2), which torch's kernels do not have."""
+    groups, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = cap * torch.tanh(widen(q @ k.mT) * scale / cap)  # (B, H, T, S)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril() if causal else mask
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -108,91 +86,63 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        n_head, n_kv_head = config.heads(layer)
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
-        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q_proj = Linear(config.n_embd, q_width, bias=config.bias)
-        self.k_proj = Linear(config.n_embd, kv_width, bias=config.bias)
-        self.v_proj = Linear(config.n_embd, kv_width, bias=config.bias)
-        self.o_proj = Linear(q_width, config.n_embd, bias=config.bias)
-        self.qk_norm = RMSNorm(config.head_dim, config.norm_eps, weight=False) if config.qk_norm else nn.Identity()
+        self.view = int(config.is_windowed(layer))
+        self.scale = config.attn_scale or config.head_dim**-0.5
+        self.attend = attend if config.attn_softcap == 0 else partial(attend_capped, cap=config.attn_softcap)
+        q_width, kv_width, bias = n_head * config.head_dim, n_kv_head * config.head_dim, config.bias
+        self.q_proj = Linear(config.n_embd, q_width, bias=bias or config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, kv_width, bias=bias or config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, kv_width, bias=bias or config.qkv_bias)
+        self.o_proj = Linear(q_width, config.n_embd, bias=bias)
+        self.q_norm, self.k_norm = make_head_norm(config), make_head_norm(config)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, views: list[View], cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.qk_norm(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2))  # (B, H, T, D)
-        k = self.qk_norm(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2))  # (B, K, T, D)
+        rope, mask = views[self.view]
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2))  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2))  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
         causal = mask is None and T == k.shape[2] and T > 1
-        y = attend(
-            q.to(k.dtype), k, v, mask, causal, self.dropout if self.training else 0.0
-        )  # a cache may be wider than x
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q.to(k.dtype), k, v, mask, causal, dropout, self.scale)  # a cache may be wider than x
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))  # (B, T, C)
 
 
-class ReLU2(nn.Module):
-    """max(x, 0)^2. So et al. 2021 (Primer)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
-
-
-ACTIVATIONS = {"relu2": ReLU2, "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh")}
-
-
-class MLP(nn.Module):
-    """down(act(up(x))), each token on its own. (B, T, C) -> (B, T, C), F wide inside."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.up_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
-        self.act = ACTIVATIONS[config.mlp]()
-        self.down_proj = Linear(config.n_ff, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x)))
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)): SwiGLU, Shazeer 2020. (B, T, C) -> (B, T, C), F wide inside."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
-        self.up_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
-        self.down_proj = Linear(config.n_ff, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm that the config names, over n_embd."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, config.norm_eps, config.norm_weight)
-    return LayerNorm(config.n_embd, config.norm_eps, config.norm_weight, config.bias)
-
-
 class Block(nn.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)). (B, T, C) -> (B, T, C)."""
+    """The sub-layers of config.pattern, one after the other, each x <- sum_norm(x + out_norm(f(norm(x)))), where
+    config.norm_place says which of the norms are there. (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.attn_norm = make_norm(config)
-        self.attn = Attention(config, layer)
-        self.mlp_norm = make_norm(config)
-        self.mlp = GatedMLP(config) if config.mlp == "swiglu" else MLP(config)
+        self.names: list[str] = []
+        for i, letter in enumerate(config.pattern):
+            nth = config.pattern[:i].count(letter)  # attn, mlp, then attn2, mlp2, ...
+            place = index * config.pattern.count(letter) + nth
+            name = {"A": "attn", "F": "mlp"}[letter] + (str(nth + 1) if nth else "")
+            self.names.append(name)
+            self.add_module(f"{name}_norm", make_norm(config, "before", "both", "everywhere"))
+            self.add_module(name, Attention(config, place) if letter == "A" else make_mlp(config, place))
+            self.add_module(f"{name}_out_norm", make_norm(config, "output", "both", "everywhere"))
+            self.add_module(f"{name}_sum_norm", make_norm(config, "after"))
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache))
-        return x + self.drop(self.mlp(self.mlp_norm(x)))
+    def forward(self, x: Tensor, views: list[View], cache: Cache | None) -> Tensor:
+        part = self._modules
+        for name in self.names:
+            y = part[name](part[f"{name}_norm"](x), views, cache)
+            x = part[f"{name}_sum_norm"](x + self.drop(part[f"{name}_out_norm"](y)))
+        return x
+
+
+def make_mlp(config: ModelConfig, place: int) -> nn.Module:
+    """The place-th feed-forward of the network."""
+    return (GatedMLP if config.mlp in GATES else MLP)(config, config.ff_width(place))
 
 
 class GPT(nn.Module):
@@ -202,18 +152,19 @@ class GPT(nn.Module):
         super().__init__()
         require(config.vocab_size > 0, "model.vocab_size is 0; give the tokenizer's, e.g. 65")
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position = nn.Embedding(config.max_seq_len, config.n_embd) if config.position == "learned" else None
+        self.embed = Embedding(config.n_rows, config.n_embd, config.embed_scale)
+        self.position = make_position(config)
+        self.embed_norm = make_norm(config, "everywhere")
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = make_norm(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
+        self.norm = make_norm(config, "before", "output", "both", "everywhere")  # after: the last sum is normed already
+        self.lm_head = Linear(config.n_embd, config.n_rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed.weight
-        if config.position == "rope":
-            angles = rope_angles(config.max_seq_len, config.head_dim, config.rope_theta)
-            self.register_buffer("rope_cos", angles.cos(), persistent=False)
-            self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        self.ahead = nn.ModuleList(Ahead(config) for _ in range(config.n_ahead - 1))
+        rotary = config.position == "rope" and config.n_attention > 0
+        self.rope = Rope(config, config.rope_theta, config.rope_scaling != "none") if rotary else NoRope()
+        self.local_rope = Rope(config, config.rope_local_theta, False) if config.rope_local_theta else self.rope
 
     def forward(
         self,
@@ -250,26 +201,36 @@ class GPT(nn.Module):
         x = self.embed(ids)  # (B, T, C)
         if self.position is not None:
             x = x + self.position(positions)
-        x = self.drop(x if dtype is None else x.to(dtype))
-        rope = self.rope(positions)
+        x = self.drop(self.embed_norm(x if dtype is None else x.to(dtype)))
+        views = self.views(positions, mask, past, T)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = block(x, views, cache)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of the angles at positions (T,) -> (T, D/2), or (B, T) -> (B, 1, T, D/2); None without rope."""
-        if self.position is not None:
-            return None
-        cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-        return (cos, sin) if positions.ndim == 1 else (cos[:, None], sin[:, None])
+    def views(self, positions: Tensor, mask: Tensor | None, past: int, T: int) -> list[View]:
+        """What the global attentions see of `past` + T tokens, and where there is a window, what the windowed ones do."""
+        views, window = [View(self.rope(positions), mask)], self.config.window
+        if window:
+            places = torch.arange(past + T, device=positions.device)
+            distance = places[past:, None] - places  # (T, S)
+            near = (distance >= 0) & (distance < window)
+            views.append(View(self.local_rope(positions), near if mask is None else near & mask))
+        return views
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores of every token. x (B, T, C) -> (B, T, V)."""
-        logits = self.lm_head(x)
+        logits = self.lm_head(x)[..., : self.config.vocab_size]  # rows of padding are no tokens
         cap = self.config.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def make_position(config: ModelConfig) -> nn.Module | None:
+    """What is added to the embedding to tell a token its place."""
+    if config.position == "learned":
+        return nn.Embedding(config.max_seq_len, config.n_embd)
+    return Sinusoids(config.max_seq_len, config.n_embd) if config.position == "sinusoidal" else None
 
 
 def check_length(n_tokens: int, limit: int) -> None:
@@ -283,35 +244,53 @@ def check_length(n_tokens: int, limit: int) -> None:
 
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Draw every weight in place from one generator.
+    """Draw every weight in place from one generator, by the rule config.init.
 
-    | tensor                | zero_init                     | GPT-2's rule (zero_init off)        |
-    |-----------------------|-------------------------------|-------------------------------------|
-    | embed (tied: 0.02)    | N(0, 0.5)                     | N(0, 0.02)                          |
-    | position              | N(0, 0.02)                    | N(0, 0.02)                          |
-    | q k v gate up         | U(-s, s), s = sqrt(3 / fan_in)| N(0, 0.02)                          |
-    | o_proj, down_proj     | 0: a block starts as identity | N(0, 0.02 / sqrt(2 n_layer))        |
-    | lm_head (untied)      | 0: a guess over all V tokens  | N(0, 0.02)                          |
-    | biases 0, norm weights 1                                                                    |
+    | tensor           | zero                           | gpt2                         | xavier             | unit    |
+    |------------------|--------------------------------|------------------------------|--------------------|---------|
+    | embed (tied .02) | N(0, 0.5)                      | N(0, 0.02)                   | N(0, 0.02)         | N(0, 1) |
+    | position         | N(0, 0.02)                     | N(0, 0.02)                   | N(0, 0.02)         | N(0, 1) |
+    | q k v gate up    | U(-s, s), s = sqrt(3 / fan_in) | N(0, 0.02)                   | U(-s, s)           | N(0, 1) |
+    | o_proj down_proj | 0: starts as the identity      | N(0, 0.02 / sqrt(sublayers)) | s = sqrt(6 /       | N(0, 1) |
+    | lm_head, untied  | 0: a guess over all tokens     | N(0, 0.02)                   |   (fan_in          | N(0, 1) |
+    | ahead            | 0: starts as the next token's  | N(0, 0.02)                   |   + fan_out))      | N(0, 1) |
+    | biases 0, norm weights 1                                                                                         |
+
+    `torch` is what nn.Embedding and nn.Linear draw themselves: tables N(0, 1), the rest U(-s, s), s = 1 / sqrt(fan_in).
+    `unit` is the honest bad one: the first loss is far above ln V, and the residual stream grows with every layer.
     """
-    generator = torch.Generator().manual_seed(seed)
-    zero = model.config.zero_init
+    generator, config = torch.Generator().manual_seed(seed), model.config
     for name, parameter in model.named_parameters():
         leaf = name.split(".")[-2]
         if parameter.ndim < 2:
-            parameter.fill_(1.0 if leaf.endswith("norm") and name.endswith("weight") else 0.0)
-        elif zero and leaf in ("o_proj", "down_proj", "lm_head"):
-            parameter.zero_()
-        elif zero and leaf.endswith("_proj"):
-            bound = (3 / parameter.shape[1]) ** 0.5
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-        else:
-            residual = leaf in ("o_proj", "down_proj")
-            wide = (
-                zero and leaf == "embed" and not model.config.tied
-            )  # a tied table is the head too: small, to start at ln V
-            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.5 if wide else 0.02
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            is_gain = leaf.endswith("norm") and name.endswith("weight")
+            parameter.fill_(float(is_gain and not config.norm_offset))
+            continue
+        rule, size = spread(leaf, parameter, config)
+        values = torch.empty(parameter.shape)
+        parameter.copy_(
+            values.uniform_(-size, size, generator=generator)
+            if rule == "uniform"
+            else values.normal_(0.0, size, generator=generator)
+            if size
+            else values.zero_()
+        )
+
+
+def spread(leaf: str, weight: Tensor, config: ModelConfig) -> tuple[str, float]:
+    """How the table of `init_weights` draws a matrix: ("uniform", its bound) or ("normal", its deviation)."""
+    residual, is_table = leaf in ("o_proj", "down_proj"), leaf in ("embed", "position")
+    if config.init == "unit":
+        return "normal", 1.0
+    if config.init == "gpt2":
+        return "normal", 0.02 / (config.n_layer * len(config.pattern)) ** 0.5 if residual else 0.02
+    if config.init == "torch":
+        return ("normal", 1.0) if is_table else ("uniform", weight.shape[1] ** -0.5)
+    if config.init == "xavier":
+        return ("normal", 0.02) if is_table else ("uniform", (6 / sum(weight.shape)) ** 0.5)
+    if is_table:  # a tied table is the head too: small, to start at ln V
+        return "normal", 0.5 if leaf == "embed" and not config.tied else 0.02
+    return ("normal", 0.0) if residual or leaf in ("lm_head", "proj") else ("uniform", (3 / weight.shape[1]) ** 0.5)
 
 
 def build(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> GPT:
@@ -327,8 +306,10 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def training_flops_per_token(model: GPT) -> int:
-    """6 FLOPs a matrix weight (2 forward, 4 backward) + 12 L H D T for scores and mixing at full context.
-    Chowdhery et al. 2022 (PaLM), appendix B."""
+    """6 FLOPs a matrix weight (2 forward, 4 backward), the head's once for each token told ahead, + 12 H D S an attention for
+    scores and mixing at full context, S being the tokens it sees. Chowdhery et al. 2022 (PaLM), appendix B."""
     config = model.config
     matmul = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    return 6 * matmul + 12 * config.n_layer * config.n_head * config.head_dim * config.max_seq_len
+    matmul += (config.n_ahead - 1) * config.n_rows * config.n_embd
+    seen = sum(config.heads(layer)[0] * config.span(layer) for layer in range(config.n_attention))
+    return 6 * matmul + 12 * config.head_dim * seen

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
+import numpy as np
 import tomli_w
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kobza import __version__
 from kobza.checkpoint import (
@@ -31,7 +32,7 @@ from kobza.checkpoint import (
     verify,
     write_file,
 )
-from kobza.config import InputError, RunConfig, load_toml, require, run_from_dict, to_dict
+from kobza.config import InputError, ModelConfig, RunConfig, load_toml, nearest, require, run_from_dict, to_dict
 from kobza.data import Batches, Corpus, Documents, load_corpus, prepare
 from kobza.device import rng_state, set_rng_state
 from kobza.tokenizer import Tokenizer, load_tokenizer
@@ -80,10 +81,10 @@ class Run:
     corpus: Corpus
 
 
-def new_run(out: Path, config: RunConfig, text: Sequence[str]) -> Run:
-    """Tokenise the text into a fresh run folder and open it."""
+def new_run(out: Path, config: RunConfig, text: Sequence[str], tokenizer: Tokenizer | None = None) -> Run:
+    """Tokenise the text into a fresh run folder and open it. `tokenizer`: unless it is learned from the text."""
     require(not (out / "config.toml").exists(), f"{out}: holds a run; go on with --resume or take another --out")
-    write_tokens(out, config, text)
+    write_tokens(out, config, text, tokenizer)
     return open_run(out, config)
 
 
@@ -120,17 +121,19 @@ def open_run(out: Path, config: RunConfig | None = None) -> Run:
     )
     full = replace(saved, model=replace(saved.model, vocab_size=tokenizer.vocab_size))
     corpus = load_corpus(out / "tokens", full.model.max_seq_len)
+    if full.train.embeddings and not path.exists():  # a new run: refused before it stands there
+        given_embeddings(full.train.embeddings, full.model)
     if config is not None:
         write_file(path, tomli_w.dumps(to_dict(full)))
     return Run(out, full, tokenizer, corpus)
 
 
-def write_tokens(out: Path, config: RunConfig, text: Sequence[str]) -> None:
+def write_tokens(out: Path, config: RunConfig, text: Sequence[str], tokenizer: Tokenizer | None = None) -> None:
     """Text -> out/tokens and out/tokenizer.json, whole or absent."""
     aside = out / ".tokens.part"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        tokenizer = prepare(Documents(text, config.data.text_field), config.data, aside)
+        tokenizer = prepare(Documents(text, config.data.text_field), config.data, aside, tokenizer)
         load_corpus(aside, config.model.max_seq_len)  # too short is said before anything is kept
         kinds = tokenizer.vocab_size
         require(kinds > 1, f"the text has {kinds} kind of character, so there is nothing to learn; give another text")
@@ -142,6 +145,36 @@ def write_tokens(out: Path, config: RunConfig, text: Sequence[str]) -> None:
 
 
 # ---- the state of its training -------------------------------------------------------------------------------------
+
+
+def given_embeddings(source: str, config: ModelConfig) -> Tensor:
+    """The token table that train.embeddings names, (vocab_size, n_embd), float32."""
+    table = read_table(source)
+    wanted, what = (config.vocab_size, config.n_embd), f"train.embeddings {source}"
+    remedy = "set model.n_embd and the tokenizer to match, or give another table"
+    require(table.shape == wanted, f"{what}: {tuple(table.shape)} where (vocab_size, n_embd) are {wanted}; {remedy}")
+    require(table.is_floating_point(), f"{what}: numbers of type {table.dtype}; give floats")
+    require(bool(table.isfinite().all()), f"{what}: holds an inf or nan; mend the file")
+    return table.float()
+
+
+def read_table(source: str) -> Tensor:
+    """The tensor of FILE.npy, FILE.safetensors (embed.weight, or its only one of two axes) or FILE.safetensors:KEY."""
+    file, found, key = source.partition(".safetensors")
+    require(found or file.endswith(".npy"), f"train.embeddings {source}: give a .npy or .safetensors file")
+    path = Path(file + found)
+    require(path.is_file(), f"train.embeddings {path}: no such file")
+    if not found:
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise InputError(f"{path}: cannot be read as an array of numbers: {error}") from None
+    tensors = load_tensors(path)
+    flat = [name for name, tensor in tensors.items() if tensor.ndim == 2]
+    only = flat[0] if len(flat) == 1 else "embed.weight"
+    name = key.removeprefix(":") or only
+    require(name in tensors, f"train.embeddings {path}: it has no {name!r}{nearest(name, flat)}; name one as FILE:KEY")
+    return tensors[name]
 
 
 @dataclass

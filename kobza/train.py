@@ -2,7 +2,8 @@
 
 The step is a function and the loop is a generator: what to do every N steps (evaluate, save, print) is ordinary code in the
 recipe that pulls the steps. `loss_fn` is an argument and returns a SUM over targets; the step divides by the number of targets
-of its whole window, since a mean of micro-batch means is wrong once some targets are masked. The loop knows no files.
+of its whole window, since a mean of micro-batch means is wrong once some targets are masked. Here is the plain loss, loss.py has
+the others. The loop knows no files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kobza.config import TrainConfig
-from kobza.model import widen
+from kobza.layers import widen
 from kobza.optim import schedule, set_lr
 
 IGNORE = -100  # a target that is not learned; torch's own default for cross_entropy
@@ -48,7 +49,9 @@ class NonFinite(ArithmeticError):
 
 @dataclass(frozen=True)
 class Step:
-    """One update: its number (1 = the first), mean loss in nats a target, gradient norm, rate multiplier, tokens, time."""
+    """One update: its number (1 = the first), mean loss in nats a target, gradient norm, rate multiplier, tokens, time.
+
+    The loss is of what is trained on: with an objective of loss.py not the cross-entropy that `evaluate` measures."""
 
     step: int
     loss: float

@@ -112,7 +112,7 @@ def test_a_text_of_one_character_is_refused(tmp_path, refused):
         ("--train.steps", "--train.steps requires an argument"),
         ("--train.lr 0", "train.lr is 0.0; it must be above 0"),
         ("--train.lr nan", "train.lr is nan"),
-        ("--train.optimizer sgd", '"sgd" for --train.optimizer. Choose from: "muon", "adamw"'),
+        ("--train.optimizer adam", '"adam" for --train.optimizer. Choose from: "muon", "adamw", "lion"'),
         (
             "--model.n_head 3",
             "model.n_embd is 16, not divisible by model.n_head 3; take n_embd 15 or give model.head_dim",
@@ -121,7 +121,7 @@ def test_a_text_of_one_character_is_refused(tmp_path, refused):
         ("--data.val_fraction 0", "data.val_fraction is 0.0; it must be between 0 and 1"),
         ("--vocab-size 300", "data.vocab_size 300 has no effect with tokenizer=char"),
         ("--tokenizer bpe --vocab-size 5", "data.vocab_size is 5; bytes and end-of-text need 257"),
-        ("--tokenizer wordpiece", '"wordpiece" for --tokenizer'),
+        ("--tokenizer wordpiece", "tokenizer wordpiece: no such kind, encoding, file or folder; known: char, byte"),
         ("--seed=-1", "--seed is -1"),
         ("--device gpu0", "--device 'gpu0' is unknown"),
         ("--device meta", "--device meta: kobza knows cpu, cuda and mps"),

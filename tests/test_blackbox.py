@@ -93,7 +93,7 @@ def test_a_bad_gradient_is_named(text, tmp_path, monkeypatch, capsys):
     """A gradient can be bad where every output is finite: let a norm's backward divide by 0, in the run and the replay."""
     from kobza.train import next_token_loss
 
-    def loss_fn_of(dtype=None):
+    def loss_fn_of(_config, _n_ahead, dtype):
         plain = next_token_loss(dtype)
 
         def loss_fn(model, batch):
@@ -105,8 +105,8 @@ def test_a_bad_gradient_is_named(text, tmp_path, monkeypatch, capsys):
         return loss_fn
 
     at = {}
-    monkeypatch.setattr(recipe, "next_token_loss", loss_fn_of)
-    monkeypatch.setattr("kobza.doctor.blackbox.next_token_loss", loss_fn_of)
+    monkeypatch.setattr(recipe, "make_loss", loss_fn_of)
+    monkeypatch.setattr("kobza.doctor.blackbox.make_loss", loss_fn_of)
     at_step(monkeypatch, 12, lambda: at.update(now=True))
     assert "gradient norm is nan at step 13" in fail(text, tmp_path / "run", capsys)
     found = replayed(tmp_path / "run", capsys)["finding"]
@@ -116,7 +116,7 @@ def test_a_bad_gradient_is_named(text, tmp_path, monkeypatch, capsys):
 def test_a_failure_that_does_not_happen_again_says_so_and_exits_1(text, tmp_path, monkeypatch, capsys):
     from kobza.train import next_token_loss
 
-    def flaky(dtype=None):
+    def flaky(_config, _n_ahead, dtype):
         plain = next_token_loss(dtype)
 
         def loss_fn(model, batch):
@@ -126,7 +126,7 @@ def test_a_failure_that_does_not_happen_again_says_so_and_exits_1(text, tmp_path
         return loss_fn
 
     at = {}
-    monkeypatch.setattr(recipe, "next_token_loss", flaky)
+    monkeypatch.setattr(recipe, "make_loss", flaky)
     at_step(monkeypatch, 12, lambda: at.update(now=True))
     fail(text, tmp_path / "run", capsys)
     found = replayed(tmp_path / "run", capsys, code=1)["finding"]

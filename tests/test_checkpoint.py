@@ -34,7 +34,7 @@ from kobza.tokenizer import CharTokenizer
 from kobza.train import next_token_loss, train_step
 
 TEXT = "abcdefgh"
-MODEL = ModelConfig(vocab_size=8, max_seq_len=8, n_layer=1, n_head=2, n_embd=16, zero_init=False)
+MODEL = ModelConfig(vocab_size=8, max_seq_len=8, n_layer=1, n_head=2, n_embd=16, init="gpt2")
 
 
 def save(folder, model=MODEL, training=None):
@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_and_loaded_gives_the_same_logits(tied, tmp_path):
-    config = ModelConfig(vocab_size=8, max_seq_len=8, n_layer=1, n_head=2, n_embd=16, zero_init=False, tied=tied)
+    config = ModelConfig(vocab_size=8, max_seq_len=8, n_layer=1, n_head=2, n_embd=16, init="gpt2", tied=tied)
     model = save(tmp_path / "c", config)
     loaded = load_checkpoint(tmp_path / "c")
     ids = torch.arange(8)[None]

@@ -69,7 +69,8 @@ def test_every_field_can_be_set_by_its_name(settings):
             option = f"--{section}.{field}"
             if field == "vocab_size" or (field == "rope_theta" and run["model"]["position"] == "learned"):
                 continue  # has no effect here, so it is refused
-            assert to_dict(settings(f"{option}={str(value).lower()}")["run"])[section][field] == value
+            word = str(value).lower() if isinstance(value, bool) else value
+            assert to_dict(settings(f"{option}={word}")["run"])[section][field] == value
 
 
 @pytest.mark.parametrize("name", preset_names())

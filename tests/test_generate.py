@@ -23,10 +23,8 @@ from kobza.generate import (
 from kobza.model import build
 
 SWITCHES = {
-    "gpt2": dict(
-        position="learned", norm="layernorm", qk_norm=False, mlp="gelu", bias=True, tied=True, zero_init=False
-    ),
-    "modern": dict(n_kv_head=2, zero_init=False),
+    "gpt2": dict(position="learned", norm="layernorm", qk_norm=False, mlp="gelu", bias=True, tied=True, init="gpt2"),
+    "modern": dict(n_kv_head=2, init="gpt2"),
 }
 each_model = pytest.mark.parametrize("name", SWITCHES)
 

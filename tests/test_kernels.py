@@ -10,12 +10,12 @@ from kobza.config import InputError, ModelConfig, SampleConfig
 from kobza.generate import KVCache, generate
 from kobza.kernels import fused as blocks
 from kobza.kernels import packed
-from kobza.model import build
+from kobza.model import attend_capped, build
 
 PLAIN = {"norm": "layernorm", "qk_norm": False}
 KINDS = [
     {"mlp": "relu2", "position": "rope"},
-    {"mlp": "gelu", "position": "learned", "zero_init": False},
+    {"mlp": "gelu", "position": "learned", "init": "gpt2"},
     {"mlp": "gelu_tanh", "position": "rope", "norm_weight": False},
 ]
 
@@ -122,14 +122,14 @@ def packed_pair(**switches):
         "n_embd": 32,
         "n_ff": 600,
         "max_seq_len": 24,
-        "zero_init": False,
+        "init": "gpt2",
     }
     plain = build(ModelConfig(**sizes | switches)).eval()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     quick = copy.deepcopy(plain)
-    assert packed.use(quick) == ["blocks.0", "blocks.1"]
+    assert packed.use(quick) == [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn", "mlp")]
     return plain, quick
 
 
@@ -172,6 +172,11 @@ def test_packed_rows_write_the_same_alone_and_in_a_batch(switches):
 def test_attention_by_products_equals_torchs():
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
     mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    assert torch.allclose(packed.attend_by_products(q, k, v, mask), expected, atol=1e-6)
-    assert torch.allclose(packed.attend_by_products(q, k, v, None), expected, atol=1e-6), "causal, aligned at the end"
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, scale=0.3)
+    assert torch.allclose(packed.attend_by_products(q, k, v, mask, 0.3), expected, atol=1e-6)
+    assert torch.allclose(packed.attend_by_products(q, k, v, None, 0.3), expected, atol=1e-6), (
+        "causal, aligned at the end"
+    )
+    capped = attend_capped(q, k, v, mask, False, 0.0, 0.3, 0.7)
+    assert torch.allclose(packed.attend_by_products(q, k, v, mask, 0.3, 0.7), capped, atol=1e-6)
+    assert not torch.allclose(capped, expected, atol=1e-3)

@@ -10,21 +10,12 @@ from hypothesis import strategies as st
 from kobza.config import InputError, ModelConfig, preset, run_from_dict
 from kobza.describe.parts import parts, total_parameters
 from kobza.generate import KVCache, decode, prefill
-from kobza.model import (
-    GPT,
-    LayerNorm,
-    attend,
-    build,
-    n_parameters,
-    rms_norm,
-    rope_angles,
-    rotate,
-    training_flops_per_token,
-)
+from kobza.layers import LayerNorm, rms_norm, rope_angles, rotate
+from kobza.model import GPT, attend, build, n_parameters, training_flops_per_token
 from kobza.train import next_token_loss
 
-GPT2 = dict(position="learned", norm="layernorm", qk_norm=False, mlp="gelu_tanh", bias=True, tied=True, zero_init=False)
-LLAMA = dict(qk_norm=False, mlp="swiglu", n_kv_head=2, zero_init=False)
+GPT2 = dict(position="learned", norm="layernorm", qk_norm=False, mlp="gelu_tanh", bias=True, tied=True, init="gpt2")
+LLAMA = dict(qk_norm=False, mlp="swiglu", n_kv_head=2, init="gpt2")
 MODERN = dict(n_kv_head=1, softcap=15.0)
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "modern": MODERN}
 
@@ -284,7 +275,7 @@ sizes = st.builds(
     mlp=st.sampled_from(["relu2", "swiglu", "gelu", "gelu_tanh"]),
     bias=st.booleans(),
     tied=st.booleans(),
-    zero_init=st.booleans(),
+    init=st.sampled_from(["zero", "gpt2", "xavier"]),
     softcap=st.sampled_from([0.0, 10.0]),
 )
 
@@ -351,8 +342,8 @@ def test_every_start_is_near_ln_v(switches):
 def test_with_zero_init_a_block_starts_as_the_identity():
     model = build(ModelConfig(vocab_size=17, n_embd=32, n_layer=3))
     x = torch.randn(2, 5, 32)
-    rope = model.rope(torch.arange(5))
-    assert torch.equal(model.blocks[1](x, rope, None, None), x)
+    views = model.views(torch.arange(5), None, 0, 5)
+    assert torch.equal(model.blocks[1](x, views, None), x)
 
 
 def test_the_seed_draws_the_weights():

@@ -9,15 +9,34 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kobza.config import ModelConfig, TrainConfig
+from kobza.config import InputError, ModelConfig, TrainConfig, migrate_train, run_from_dict
 from kobza.model import build
-from kobza.optim import AdamW, Muon, check_partition, make_optimizers, orthogonalize, parameter_groups, schedule, set_lr
+from kobza.optim import (
+    SGD,
+    AdamW,
+    Lion,
+    Muon,
+    check_partition,
+    make_optimizers,
+    orthogonalize,
+    parameter_groups,
+    schedule,
+    set_lr,
+)
+from kobza.surgery import freeze
+
+OPTIMIZERS = ["muon", "adamw", "lion", "sgd"]
 
 SWITCHES = {
-    "gpt2": dict(position="learned", norm="layernorm", mlp="gelu", bias=True, tied=True, zero_init=False),
+    "gpt2": dict(position="learned", norm="layernorm", mlp="gelu", bias=True, tied=True, init="gpt2"),
     "modern": dict(n_kv_head=2),
     "bare": dict(norm_weight=False),
+    "ahead": dict(n_ahead=3, norm_place="everywhere"),
 }
+
+
+def muon_rate(optimizer):
+    return {"muon_lr": 0.2} if optimizer == "muon" else {}  # elsewhere it is refused
 
 
 def small(name="modern"):
@@ -35,7 +54,8 @@ def test_groups_are_a_partition(name):
     assert {id(p) for p in together} == {id(p) for p in model.parameters()} and len(together) == len(set(together))
     assert all(p.ndim == 1 for p in groups["vectors"]) and all(p.ndim == 2 for p in groups["matrices"])
     names = {id(p): n for n, p in model.named_parameters()}
-    assert all(names[id(p)].startswith("blocks.") for p in groups["matrices"])
+    assert all(names[id(p)].startswith(("blocks.", "ahead.")) for p in groups["matrices"])
+    assert {"ahead.0.proj.weight", "ahead.1.proj.weight"} <= set(names.values()) or name != "ahead"
     tables, head = ({names[id(p)] for p in groups[kind]} for kind in ("tables", "head"))
     assert tables == {"embed.weight", "position.weight"} & set(names.values())
     assert head == {"lm_head.weight"} & set(names.values())  # a tied head is a table
@@ -57,14 +77,55 @@ def test_a_weight_missing_or_twice_is_noticed():
         check_partition(model, groups)
 
 
-def test_frozen_weights_are_in_no_group():
+# ---- frozen ----
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("patterns", ["embed", "embed,blocks.0", "blocks", "lm_head, blocks.*.mlp"])
+def test_frozen_weights_are_in_no_group_and_stay_to_the_bit(patterns, optimizer):
     model = small()
-    model.embed.requires_grad_(False)
+    names = freeze(model, patterns)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    frozen = {n for n in before if any(n.startswith(f"{name}.") for name in names)}
     groups = parameter_groups(model)
-    assert all(p is not model.embed.weight for parameters in groups.values() for p in parameters)
+    assert sum(map(len, groups.values())) == len(before) - len(frozen) and 0 < len(frozen) < len(before)
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.1))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    for o in optimizers:
+        o.step()
+    assert {n for n, p in model.named_parameters() if torch.equal(p, before[n])} == frozen
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    "patterns, words",
+    [
+        ("embd", "train.freeze: the model has no module 'embd'; did you mean embed?"),
+        ("embed,blocks.0.atn", "train.freeze: the model has no module 'blocks.0.atn'; did you mean blocks.0.attn?"),
+        ("embed,", "train.freeze: the model has no module ''"),
+        ("blocks.7", "train.freeze: the model has no module 'blocks.7'; did you mean blocks."),
+        ("drop", "train.freeze: drop has no weights; leave it out"),
+        ("*", "has no weights"),
+        ("embed,blocks,norm,lm_head", "freezes every weight, so nothing can learn"),
+    ],
+)
+def test_what_cannot_be_frozen(patterns, words):
+    with pytest.raises(InputError) as error:
+        freeze(small(), patterns)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tied_head_is_frozen_with_its_table():
+    model = small("gpt2")
+    freeze(model, "lm_head")
+    assert not model.embed.weight.requires_grad and model.position.weight.requires_grad
+
+
+# ---- rates and decay ----
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", SWITCHES)
 def test_optimizers_hold_every_weight_once_and_never_decay_vectors(name, optimizer):
     model = small(name)
@@ -75,14 +136,17 @@ def test_optimizers_hold_every_weight_once_and_never_decay_vectors(name, optimiz
     for group in groups:
         decays = {p.ndim > 1 for p in group["params"]}
         assert decays == {group["weight_decay"] > 0}, "a group mixes vectors and matrices, or decays the wrong one"
-    assert any(isinstance(o, Muon) for o in optimizers) == (optimizer == "muon")
+    kinds = {"muon": [AdamW, Muon], "adamw": [AdamW], "lion": [Lion], "sgd": [SGD]}
+    assert [type(o) for o in optimizers] == kinds[optimizer]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_decay_shrinks_matrices_and_leaves_vectors(optimizer):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("embed_decay", [-1.0, 0.0, 0.3])
+def test_decay_shrinks_matrices_and_tables_and_leaves_vectors(optimizer, embed_decay):
     """Zero gradients: only the decay moves."""
-    model = small("gpt2")
-    config = TrainConfig(optimizer=optimizer, weight_decay=0.5, lr=0.1, muon_lr=0.2)
+    model = build(ModelConfig(vocab_size=11, max_seq_len=8, n_layer=2, n_embd=16, position="learned", init="gpt2"))
+    decays = dict(weight_decay=0.5, embed_weight_decay=embed_decay)
+    config = TrainConfig(optimizer=optimizer, lr=0.1, **muon_rate(optimizer), **decays)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -90,7 +154,8 @@ def test_decay_shrinks_matrices_and_leaves_vectors(optimizer):
         o.step()
     for name, parameter in model.named_parameters():
         rate = 0.2 if optimizer == "muon" and name.startswith("blocks.") else 0.1
-        shrunk = before[name] * (1 - rate * 0.5 * (parameter.ndim > 1))
+        table = 0.5 if embed_decay == -1 or name.startswith("blocks.") else embed_decay
+        shrunk = before[name] * (1 - rate * table * (parameter.ndim > 1))
         torch.testing.assert_close(parameter.detach(), shrunk, msg=name)
 
 
@@ -110,6 +175,52 @@ def test_the_tables_may_have_a_rate_of_their_own():
         assert rates[id(parameter)] == (0.4 if name.startswith(("embed.", "position.")) else 0.1)
 
 
+def test_the_head_may_have_a_rate_of_its_own():
+    model = small("ahead")
+    (lion,) = make_optimizers(model, TrainConfig(optimizer="lion", lr=0.1, head_lr=0.4))
+    rates = {id(p): group["lr"] for group in lion.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == (0.4 if name == "lm_head.weight" else 0.1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_each_block_learns_at_a_share_of_the_rate_above_it(optimizer):
+    model = build(ModelConfig(vocab_size=11, max_seq_len=8, n_layer=3, n_embd=16, n_ahead=2))
+    rates = dict(lr=0.1, embed_lr=0.3, layer_lr_decay=0.5) | muon_rate(optimizer)
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer, **rates))
+    set_lr(optimizers, 0.5)
+    found = {id(p): g["lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        rate = 0.2 if optimizer == "muon" and parameter.ndim > 1 and name.startswith(("blocks.", "ahead.")) else 0.1
+        rate = 0.3 if name == "embed.weight" else rate
+        share = 0.5 ** (2 - int(name.split(".")[1])) if name.startswith("blocks.") else 1.0
+        assert found[id(parameter)] == pytest.approx(0.5 * rate * share), name
+
+
+def test_without_it_the_groups_are_not_split():
+    """Muon stacks what is in one group: splitting would cost its speed, and reorder the state of older checkpoints."""
+    optimizers = make_optimizers(small(), TrainConfig())
+    assert [len(o.param_groups) for o in optimizers] == [3, 1]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_setting_of_another_optimizer_is_refused(optimizer):
+    wants = {"muon_lr": ["muon"], "momentum": ["muon", "sgd"], "beta1": ["muon", "adamw", "lion"]}
+    for name, optimizers in wants.items():
+        if optimizer in optimizers:
+            assert getattr(TrainConfig(optimizer=optimizer, **{name: 0.5}), name) == 0.5
+        else:
+            with pytest.raises(InputError, match=f"train.{name} 0.5 has no effect with optimizer={optimizer}"):
+                TrainConfig(optimizer=optimizer, **{name: 0.5})
+
+
+def test_settings_of_an_older_kobza_are_read():
+    assert migrate_train({"muon_momentum": 0.8, "lr": 0.1}) == {"momentum": 0.8, "lr": 0.1}
+    assert run_from_dict({"train": {"muon_momentum": 0.8}}, "config.toml").train.momentum == 0.8
+    adamw = {"optimizer": "adamw", "muon_momentum": 0.8, "muon_lr": 0.1, "lr": 0.2}  # was no error then
+    assert run_from_dict({"train": adamw}, "config.toml").train == TrainConfig(optimizer="adamw", lr=0.2)
+
+
 # ---- schedules ----
 
 
@@ -119,7 +230,7 @@ def test_corner_points():
     cosine = schedule(TrainConfig(schedule="cosine", **base))
     linear = schedule(TrainConfig(schedule="linear", **base))
     wsd = schedule(TrainConfig(schedule="wsd", decay_fraction=0.5, **base))
-    constant = schedule(TrainConfig(schedule="constant", **base))
+    constant = schedule(TrainConfig(schedule="constant", steps=100, warmup_steps=10))
     for at in (cosine, linear, wsd, constant):
         assert [at(0), at(4), at(9), at(10)] == pytest.approx([1 / 11, 5 / 11, 10 / 11, 1.0])
     assert [linear(55), linear(99), linear(100), linear(1000)] == pytest.approx([0.55, 0.1 + 0.9 / 90, 0.1, 0.1])
@@ -127,16 +238,34 @@ def test_corner_points():
     assert cosine(32.5) == pytest.approx(0.1 + 0.9 * (0.5 + 0.5 * math.sqrt(0.5)))  # a quarter of the way
     assert [wsd(54), wsd(55), wsd(77.5), wsd(100)] == pytest.approx([1.0, 1.0, 0.55, 0.1])
     assert constant(99) == constant(1000) == 1.0
+    root = schedule(TrainConfig(schedule="inverse_sqrt", **base))
+    assert [root(4), root(9), root(10), root(43), root(98)] == pytest.approx([5 / 11, 10 / 11, 1, 0.5, 1 / 3])
+    assert root(10**6) == 0.1  # the floor
+
+
+def test_inverse_sqrt_is_that_of_its_paper_and_knows_no_end():
+    """Vaswani et al. 2017, equation 3: min(n^-1/2, n w^-3/2) in steps from 1, here as a share of its peak w^-1/2."""
+    config = dict(schedule="inverse_sqrt", warmup_steps=9)
+    for step in range(500):
+        n, w = step + 1, 10
+        paper = min(n**-0.5, n * w**-1.5) / w**-0.5
+        for steps in (10, 100, 1000):
+            assert schedule(TrainConfig(steps=steps, **config))(step) == pytest.approx(paper)
 
 
 @given(
     st.builds(
-        TrainConfig,
+        lambda family, lr_floor, decay_fraction, **lengths: TrainConfig(
+            schedule=family,
+            **({} if family == "constant" else {"lr_floor": lr_floor}),
+            **({"decay_fraction": decay_fraction} if family == "wsd" else {}),
+            **lengths,
+        ),
         steps=st.integers(1, 50),
         warmup_steps=st.integers(0, 60),
         lr_floor=st.floats(0, 1),
         decay_fraction=st.floats(0.01, 1),
-        schedule=st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+        family=st.sampled_from(["cosine", "linear", "wsd", "inverse_sqrt", "constant"]),
     )
 )
 def test_every_schedule_rises_then_falls_within_its_bounds(config):
@@ -236,11 +365,87 @@ def test_our_adamw_is_torchs_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+# ---- Lion, SGD ----
+
+
+def stepped(make, start, gradients):
+    """The weights after a step for each list of gradients."""
+    weights = [torch.nn.Parameter(w.clone()) for w in start]
+    optimizer = make(weights)
+    for step_gradients in gradients:
+        for weight, gradient in zip(weights, step_gradients, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+def drawn(n_steps=9, dtype=torch.float64):
+    """Starts and gradients of a matrix and a vector."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [[torch.randn(s, generator=generator, dtype=dtype) for s in ((5, 3), (7,))] for _ in range(n_steps + 1)]
+    return draw[0], draw[1:]
+
+
+def plain_lion(start, gradients, lr, betas, decay):
+    """Lion as its paper writes it (Chen et al. 2023, algorithm 2), a weight at a time."""
+    weights, means = [w.clone() for w in start], [torch.zeros_like(w) for w in start]
+    for step_gradients in gradients:
+        for i, g in enumerate(step_gradients):
+            update = torch.sign(betas[0] * means[i] + (1 - betas[0]) * g)
+            weights[i] = weights[i] - lr * (update + decay * weights[i])
+            means[i] = betas[1] * means[i] + (1 - betas[1]) * g
+    return weights
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_lion_is_its_plain_twin(decay):
+    start, gradients = drawn()
+    found = stepped(lambda w: Lion(w, 0.01, (0.9, 0.97), decay), start, gradients)
+    for weight, twin in zip(found, plain_lion(start, gradients, 0.01, (0.9, 0.97), decay), strict=True):
+        torch.testing.assert_close(weight, twin, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs_to_the_bit(momentum):
+    start, gradients = drawn(dtype=torch.float32)
+    found = stepped(lambda w: SGD(w, 0.01, momentum), start, gradients)
+    theirs = stepped(lambda w: torch.optim.SGD(w, 0.01, momentum, nesterov=momentum > 0), start, gradients)
+    assert all(torch.equal(a, b) for a, b in zip(found, theirs, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(found, start, strict=True))
+
+
+def test_the_decay_of_sgd_stays_out_of_its_momentum():
+    """Decoupled, as in the other optimizers: torch's own adds it to the gradient."""
+    start, gradients = drawn()
+    found = stepped(lambda w: SGD(w, 0.01, 0.9, weight_decay=0.3), start, gradients)
+    weights, buffers = [w.clone() for w in start], [torch.zeros_like(w) for w in start]
+    for step_gradients in gradients:
+        for i, g in enumerate(step_gradients):
+            buffers[i] = 0.9 * buffers[i] + g
+            weights[i] = weights[i] - 0.01 * 0.3 * weights[i] - 0.01 * (g + 0.9 * buffers[i])
+    for weight, twin in zip(found, weights, strict=True):
+        torch.testing.assert_close(weight, twin, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [lambda w: Lion(w, 0.1, (0.9, 0.9), 0.5), lambda w: SGD(w, 0.1, 0.9, 0.5)])
+def test_lion_and_sgd_leave_a_weight_without_gradient(make):
+    weights = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    weights[0].grad = torch.ones(4)
+    make(weights).step()
+    assert torch.equal(weights[1], torch.ones(4)) and not torch.equal(weights[0], torch.ones(4))
+
+
 def test_training_starts_without_importing_the_compiler():
-    code = (
-        "import sys, torch\nfrom kobza.config import ModelConfig, TrainConfig\nfrom kobza.model import build\n"
-        "from kobza.optim import make_optimizers\nmodel = build(ModelConfig(vocab_size=9, n_layer=1, n_embd=8, n_head=2))\n"
-        "optimizers = make_optimizers(model, TrainConfig())\nmodel(torch.zeros((1, 4), dtype=torch.long)).sum().backward()\n"
-        "[(o.step(), o.zero_grad()) for o in optimizers]\nassert 'torch._dynamo' not in sys.modules"
-    )
+    code = f"""
+import sys, torch
+from kobza.config import ModelConfig, TrainConfig
+from kobza.model import build
+from kobza.optim import make_optimizers
+for optimizer in {OPTIMIZERS}:
+    model = build(ModelConfig(vocab_size=9, n_layer=1, n_embd=8, n_head=2))
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer))
+    model(torch.zeros((1, 4), dtype=torch.long)).sum().backward()
+    [(o.step(), o.zero_grad()) for o in optimizers]
+assert 'torch._dynamo' not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

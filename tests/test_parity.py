@@ -1,9 +1,12 @@
-"""The same weights in Hugging Face's GPT-2 and Llama give the same logits and the same gradients."""
+"""The same weights in Hugging Face's GPT-2, Llama, Qwen, OLMo and Gemma give the same logits and the same gradients."""
+
+from functools import partial
 
 import pytest
 import torch
 
 from kobza.config import ModelConfig
+from kobza.layers import Rope, rope_angles, rope_slowdown
 from kobza.model import build
 from kobza.train import next_token_loss
 
@@ -41,7 +44,7 @@ def gpt2_pair():
         vocab_size=37, n_positions=24, n_layer=3, n_head=4, n_embd=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     )
     switches = dict(position="learned", norm="layernorm", qk_norm=False, mlp="gelu_tanh", bias=True, tied=True)
-    return transformers.GPT2LMHeadModel(config), build(ModelConfig(**SIZES, **switches, zero_init=False))
+    return transformers.GPT2LMHeadModel(config), build(ModelConfig(**SIZES, **switches, init="gpt2"))
 
 
 def gpt2_tensors(tensors):
@@ -57,33 +60,83 @@ def gpt2_tensors(tensors):
     return {name: tensor.T if name.endswith("proj.weight") else tensor for name, tensor in ours.items()}
 
 
-def llama_pair():
-    config = transformers.LlamaConfig(
-        vocab_size=37,
-        max_position_embeddings=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=32,
-        intermediate_size=80,
-        rms_norm_eps=1e-6,
-        rope_theta=5e5,
-        tie_word_embeddings=False,
-    )
-    switches = dict(n_kv_head=2, n_ff=80, mlp="swiglu", norm_eps=1e-6, rope_theta=5e5, qk_norm=False)
-    return transformers.LlamaForCausalLM(config), build(ModelConfig(**SIZES, **switches, zero_init=False))
+# name -> (their classes' prefix, their config, ours); what all of them share stands in `hf_pair`.
+GEMMA = dict(
+    n_kv_head=2, n_ff=80, head_dim=10, mlp="geglu_tanh", norm_place="both", norm_offset=True, norm_cast="after"
+)
+GEMMA |= dict(attn_scale=1 / 5, window=5, window_pattern="LG", embed_scale=32**0.5, tied=True)
+THEIR_GEMMA = dict(head_dim=10, query_pre_attn_scalar=25, sliding_window=5, hidden_activation="gelu_pytorch_tanh")
+THEIR_GEMMA |= dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"], tie_word_embeddings=True)
+GLU = dict(n_kv_head=2, n_ff=80, mlp="swiglu", qk_norm=False)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+SCALED = {kind: {"rope_type": "default", "rope_theta": 100.0} for kind in ("sliding_attention", "full_attention")}
+SCALED["full_attention"] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+HF = {
+    "llama": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, GLU | {"rope_theta": 5e5}),
+    "llama 3": (
+        "Llama",
+        {"rope_parameters": LLAMA3},
+        GLU | dict(rope_scaling="llama3", rope_factor=8.0, rope_original_len=16),
+    ),
+    "llama, yarn": (
+        "Llama",
+        {"rope_parameters": YARN},
+        GLU | dict(rope_scaling="yarn", rope_factor=4.0, rope_original_len=16),
+    ),
+    "qwen 2": ("Qwen2", {}, GLU | {"qkv_bias": True}),
+    "qwen 3": ("Qwen3", {"head_dim": 12}, GLU | {"head_dim": 12, "qk_norm": True, "qk_norm_weight": True}),
+    "olmo 2": ("Olmo2", {}, GLU | {"norm_place": "output"}),
+    "gemma 2": (
+        "Gemma2",
+        THEIR_GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+        GEMMA | {"qk_norm": False, "attn_softcap": 2.0, "softcap": 5.0},
+    ),
+    "gemma 3": (
+        "Gemma3Text",
+        THEIR_GEMMA | {"rope_parameters": SCALED},
+        GEMMA | dict(qk_norm_weight=True, rope_local_theta=100.0, rope_scaling="linear", rope_factor=8.0),
+    ),
+}
 
 
-def llama_tensors(tensors):
+def hf_pair(family):
+    """(theirs, ours) of a family in the table."""
+    prefix, their_settings, switches = HF[family]
+    sizes = dict(vocab_size=37, max_position_embeddings=24, num_hidden_layers=3, num_attention_heads=4, hidden_size=32)
+    sizes |= dict(num_key_value_heads=2, intermediate_size=80, rms_norm_eps=1e-6, tie_word_embeddings=False)
+    tokens = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = getattr(transformers, f"{prefix}Config")(**sizes | tokens | their_settings)
+    model_class = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
+    theirs = model_class._from_config(config, attn_implementation="eager")  # the one that knows soft caps
+    if family == "olmo 2":  # its QK-norm is over all heads at once, which we do not have
+        for layer in theirs.model.layers:
+            layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.Identity()
+    return theirs, build(ModelConfig(**SIZES, **switches, norm_eps=1e-6, init="gpt2"))
+
+
+def hf_tensors(tensors):
     """Theirs under our names."""
-    ours = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    ours["lm_head.weight"] = "lm_head.weight"
+    ours = {
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    sandwich = "model.layers.0.pre_feedforward_layernorm.weight" in tensors
+    outputs = {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
+    layer = LLAMA_LAYER | {f"attn.{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
+    if "model.layers.0.post_feedforward_layernorm.weight" in tensors:
+        layer |= outputs | {"mlp_norm": "pre_feedforward_layernorm" if sandwich else "none"}
     for i in range(3):
-        ours |= {f"blocks.{i}.{our}.weight": f"model.layers.{i}.{their}.weight" for our, their in LLAMA_LAYER.items()}
-    return {our: tensors[their] for our, their in ours.items()}
+        for kind in ("weight", "bias"):
+            ours |= {f"blocks.{i}.{our}.{kind}": f"model.layers.{i}.{their}.{kind}" for our, their in layer.items()}
+    found = {our: tensors[their] for our, their in ours.items() if their in tensors}
+    assert len({id(tensor) for tensor in found.values()}) == len(tensors)  # each of theirs has its place
+    return found
 
 
-PAIRS = {"gpt2": (gpt2_pair, gpt2_tensors), "llama": (llama_pair, llama_tensors)}
+PAIRS = {"gpt2": (gpt2_pair, gpt2_tensors)} | {name: (partial(hf_pair, name), hf_tensors) for name in HF}
 
 
 def filled(family):
@@ -130,3 +183,35 @@ def test_gradients_are_theirs(family):
     for name, parameter in ours.named_parameters():
         # a key's bias moves all scores of a query alike and so has no gradient: hence the largest of all as the scale
         assert float((parameter.grad - gradients[name]).abs().max()) < 1e-4 * largest, name
+
+
+# ours -> their name of it, their settings, and the length at which their "dynamic" stands at our fixed factor
+SCALINGS = {
+    "linear": ("linear", {}, None),
+    "ntk": ("dynamic", {}, 28),  # 4 * 28 / 16 - 3 = 4
+    "yarn": ("yarn", {}, None),
+    "llama3": ("llama3", {"low_freq_factor": 1.0, "high_freq_factor": 4.0}, None),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("head_dim, theta, length", [(8, 1e4, 16), (64, 5e5, 4096), (32, 100.0, 300)])
+def test_rope_scalings_are_theirs(scaling, head_dim, theta, length):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs, settings, now = SCALINGS[scaling]
+    known = length if scaling in ("yarn", "llama3") else 0
+    parameters = {"rope_type": theirs, "factor": 4.0, "rope_theta": theta} | settings
+    parameters |= {"original_max_position_embeddings": known} if known else {}
+    config = transformers.LlamaConfig(
+        hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=16, rope_parameters=parameters
+    )
+    frequencies, gain = ROPE_INIT_FUNCTIONS[theirs](config, "cpu", **({"seq_len": now} if now else {}))
+    ours = ModelConfig(
+        n_embd=2 * head_dim, n_head=2, rope_theta=theta, rope_scaling=scaling, rope_factor=4.0, rope_original_len=known
+    )
+    divide, our_gain = rope_slowdown(ours)
+    assert apart(rope_angles(2, head_dim, theta, divide)[1], frequencies) < 1e-5 and our_gain == pytest.approx(gain)
+    assert float(divide.max()) > 1.5  # something was slowed
+    rope = Rope(ours, theta, True)
+    assert apart(rope.cos[5], (5 * frequencies).cos() * gain) < 1e-5

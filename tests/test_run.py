@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kobza.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_best
 from kobza.cli import main
@@ -21,6 +24,7 @@ SMALL = (  # whatever the default preset says
     "--train.eval_interval=10 --train.eval_tokens=300 --train.warmup_steps=2 --train.precision=fp32 --device=cpu "
     "--model.norm=rmsnorm --model.qk_norm=true --model.mlp=relu2 --train.keep=2"
 ).split()
+SHORT = ["--train.steps=12", "--train.eval_interval=4"]
 HARD = ["--model.dropout=0.1", "--train.accumulate=2", "--train.optimizer=muon"]  # all that a checkpoint must hold
 
 # Runs the command in a process that kills itself with -9 right after the update of step KILL_AT.
@@ -48,6 +52,12 @@ def verse(n_bytes: int = 20_000, seed: int = 0) -> str:
         parts = [words[i : i + rng.choice((2, 4, 6))] for i in rng.sample(range(0, 390, 2), rng.randint(3, 7))]
         lines.append(" ".join(parts).capitalize() + rng.choice((",\n", ".\n", ":\n\n")))
     return "".join(lines)
+
+
+def but(argv, *changes):
+    """Options with some of them changed. but(["--a=1", "--b=2"], "--a=3") -> ["--b=2", "--a=3"]"""
+    changed = {word.split("=")[0] for word in changes}
+    return [word for word in argv if word.split("=")[0] not in changed] + list(changes)
 
 
 def sha256(run, step):
@@ -114,6 +124,52 @@ def test_kill_9_before_the_first_checkpoint_at_one_and_between_two_changes_nothi
     assert losses(out) == losses(straight)
     assert [r["step"] for r in records(out)] == list(range(1, 41))
     assert read_best(out) == read_best(straight)
+
+
+EVERY = ["--train.freeze=lm_head", "--train.layer_lr_decay=0.5", "--model.n_layer=2", "--model.n_ahead=2"]
+EVERY += ["--train.label_smoothing=0.1", "--train.z_loss=0.001", "--train.min_context=3", "--model.dropout=0.1"]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "sgd"])
+def test_a_crash_changes_nothing_under_any_optimizer_and_objective(optimizer, text, tmp_path, monkeypatch):
+    """Stopped at once, with nothing saved since step 8, as by a kill, but in this process."""
+    argv = but(SMALL, *SHORT, *EVERY, f"--train.optimizer={optimizer}")
+    assert main(["train", text, "--out", str(tmp_path / "straight"), *argv]) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, raise_interrupt)
+        assert main(["train", text, "--out", str(tmp_path / "stopped"), *argv]) == 130
+    assert list_checkpoints(tmp_path / "stopped")[-1] == 8
+    assert resume(tmp_path / "stopped") == 0
+    assert sha256(tmp_path / "stopped", 12) == sha256(tmp_path / "straight", 12)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_run_of_an_older_kobza_goes_on(text, straight, tmp_path):
+    """Format 1: train.muon_momentum for train.momentum, and none of the settings since."""
+    out = shutil.copytree(straight, tmp_path / "run")
+    for step in (30, 40):
+        shutil.rmtree(checkpoint_path(out, step), ignore_errors=True)
+    since = (
+        "head_lr",
+        "layer_lr_decay",
+        "label_smoothing",
+        "z_loss",
+        "min_context",
+        "ahead_weight",
+        "freeze",
+        "embeddings",
+    )
+    lines = (out / "config.toml").read_text().replace("\nmomentum =", "\nmuon_momentum =").splitlines()
+    old = [line for line in lines if line.split(" =")[0] not in (*since, "fp32_parts", "embed_weight_decay")]
+    assert len(old) == len(lines) - 10 and any(line.startswith("muon_momentum") for line in old)
+    (out / "config.toml").write_text("\n".join(old))
+    assert resume(out) == 0
+    assert sha256(out, 40) == sha256(straight, 40)
+    assert "\nmomentum =" in (out / "config.toml").read_text()
 
 
 FUSED = {"--model.norm=rmsnorm": "--model.norm=layernorm", "--model.qk_norm=true": "--model.qk_norm=false"}
@@ -298,3 +354,143 @@ def test_checkpoints_may_come_between_evaluations(text, tmp_path):
     argv[argv.index("--train.keep=2")] = "--train.keep=9"
     assert main(argv) == 0
     assert {7, 14, 21, 28, 35, 40} <= set(list_checkpoints(tmp_path / "run"))
+
+
+# ---- given embeddings, frozen parts, parts in float32 ----------------------------------------------------------------
+
+WIDTH = 16
+GIVEN = but(SMALL, "--train.steps=4", "--train.eval_interval=2", "--train.embed_lr=0.5")
+
+
+def table_file(path, table):
+    """A table as .npy or .safetensors, by the path's ending; beside it in the latter a vector."""
+    if path.suffix == ".npy":
+        np.save(path, table)
+    else:
+        save_file({"wte": torch.from_numpy(table), "bias": torch.zeros(3)}, path)
+    return str(path)
+
+
+def drawn_table(rows, columns=WIDTH):
+    return np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
+
+
+def n_tokens(straight):
+    return load_checkpoint(straight).tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("name, frozen, pad", [("table.npy", True, 64), ("table.safetensors", False, 0)])
+def test_given_embeddings_are_taken_and_frozen_ones_stay_to_the_bit(name, frozen, pad, text, straight, tmp_path):
+    table = drawn_table(n_tokens(straight))
+    argv = [text, "--out", str(tmp_path / "run"), *GIVEN, f"--model.pad_vocab={pad}"]
+    argv += ["--train.embeddings", table_file(tmp_path / name, table), *["--train.freeze=embed"] * frozen]
+    assert main(["train", *argv]) == 0
+    found = load_checkpoint(tmp_path / "run").model.embed.weight.detach().numpy()
+    assert len(found) == (pad or len(table))
+    assert np.array_equal(found[: len(table)], table) is frozen
+    assert abs(found[: len(table)] - table).max() < 4  # the steps moved it a little: it began there
+
+
+def test_a_checkpoint_needs_the_file_of_its_embeddings_no_more(text, straight, tmp_path):
+    file = table_file(tmp_path / "table.npy", drawn_table(n_tokens(straight)))
+    out = tmp_path / "run"
+    assert main(["train", text, "--out", str(out), *GIVEN, "--train.embeddings", file]) == 0
+    (tmp_path / "table.npy").unlink()
+    assert resume(out, "--train.steps=6") == 0
+    assert main(["train", text, "--out", str(tmp_path / "other"), *GIVEN, "--train.embeddings", file]) == 2
+
+
+def damaged(folder, rows):
+    """(what train.embeddings says, the words of the refusal) of every way to be wrong."""
+    good, bad = drawn_table(rows), drawn_table(rows)
+    bad[3, 5] = np.nan
+    (folder / "text.npy").write_text("no array")
+    (folder / "text.safetensors").write_text("no tensors")
+    (folder / "table.bin").write_bytes(b"")
+    two = {"a": torch.from_numpy(good), "b": torch.from_numpy(bad)}
+    save_file(two, folder / "two.safetensors")
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    return {
+        table_file(
+            folder / "rows.npy", drawn_table(rows + 1)
+        ): f"({rows + 1}, 16) where (vocab_size, n_embd) are ({rows}, 16)",
+        table_file(folder / "wide.safetensors", drawn_table(rows, 17)): f"({rows}, 17) where (vocab_size, n_embd)",
+        table_file(folder / "flat.npy", good.ravel()): f"({rows * WIDTH},) where (vocab_size, n_embd)",
+        table_file(folder / "whole.npy", good.astype(np.int32)): "numbers of type torch.int32; give floats",
+        table_file(folder / "nan.npy", bad): "holds an inf or nan",
+        table_file(folder / "key.safetensors", good)
+        + ":wtf": "it has no 'wtf'; did you mean wte?; name one as FILE:KEY",
+        str(folder / "two.safetensors"): "it has no 'embed.weight'; known: a, b; name one as FILE:KEY",
+        str(folder / "none.npy"): "none.npy: no such file",
+        str(folder / "table.bin"): "give a .npy or .safetensors file",
+        str(folder / "text.npy"): "cannot be read as an array of numbers",
+        str(folder / "objects.npy"): "cannot be read as an array of numbers",
+        str(folder / "text.safetensors"): "cannot be read as safetensors",
+    }
+
+
+def test_embeddings_that_do_not_fit_are_refused_and_leave_no_run(text, straight, tmp_path, capsys):
+    for given, words in damaged(tmp_path, n_tokens(straight)).items():
+        capsys.readouterr()
+        assert main(["train", text, "--out", str(tmp_path / "run"), *SMALL, "--train.embeddings", given]) == 2, given
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1, said
+        assert not (tmp_path / "run" / "config.toml").exists()
+    good = table_file(tmp_path / "good.npy", drawn_table(n_tokens(straight)))  # the folder is free for the mended call
+    assert main(["train", text, "--out", str(tmp_path / "run"), *GIVEN, "--train.embeddings", good]) == 0
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("--train.freeze=emb", "train.freeze: the model has no module 'emb'; did you mean embed?"),
+        ("--train.freeze=drop", "train.freeze: drop has no weights"),
+        ("--train.freeze=embed,blocks,lm_head", "freezes every weight"),
+        ("--train.fp32_parts=head", "train.fp32_parts: the model has no module 'head'"),
+        ("--train.fp32_parts=embed", "train.fp32_parts: embed is a table"),
+        ("--train.head_lr=0.1 --model.tied", "train.head_lr has no effect with model.tied"),
+    ],
+)
+def test_parts_that_are_not_there_are_refused_before_the_text_is_read(setting, words, text, tmp_path, capsys):
+    argv = but(SMALL, "--train.precision=bf16", *setting.split())
+    assert main(["train", text, "--out", str(tmp_path / "run"), *argv]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_in_float32_where_all_is_float32_are_refused(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("kobza.device.cpu_multiplies_bf16", lambda: False)  # auto takes float32
+    argv = but(SMALL, "--train.precision=auto", "--train.fp32_parts=lm_head")
+    assert main(["train", text, "--out", str(tmp_path / "run"), *argv]) == 2
+    assert (
+        "train.fp32_parts has no effect: precision here is fp32; leave it out or take bf16" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("parts, fused", [("", True), ("lm_head", True), ("blocks.*.mlp", False), ("blocks", False)])
+def test_parts_inside_fused_blocks_turn_them_off_and_the_run_says_why(
+    parts, fused, text, tmp_path, monkeypatch, capsys
+):
+    bf16 = but(SMALL, *SHORT, *FUSED.values(), "--train.precision=bf16", f"--train.fp32_parts={parts}")
+    assert main(["train", text, "--out", str(tmp_path / "run"), *bf16]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("fused blocks" in said) is fused
+    assert ("plain blocks since train.fp32_parts names some" in said) is (not fused)
+    plain = load_checkpoint(tmp_path / "run")  # names are those of any checkpoint
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, raise_interrupt)
+        assert main(["train", text, "--out", str(tmp_path / "stopped"), *bf16]) == 130
+    assert resume(tmp_path / "stopped") == 0
+    assert sha256(tmp_path / "stopped", 12) == sha256(tmp_path / "run", 12)
+    assert plain.run.train.fp32_parts == parts
+
+
+def test_evaluations_measure_the_plain_loss_whatever_is_trained_on(text, tmp_path, capsys):
+    """A rate of almost 0: the same model is measured, and only the training loss knows the objective."""
+    still = but(SMALL, "--train.lr=1e-12", "--train.embed_lr=0", "--train.muon_lr=1e-12", "--train.steps=10")
+    for name, more in (("plain", []), ("other", ["--train.label_smoothing=0.5", "--train.z_loss=0.1"])):
+        assert main(["train", text, "--out", str(tmp_path / name), *still, *more]) == 0
+        assert ("the train loss is of another objective" in capsys.readouterr().out) is (name == "other")
+    plain, other = records(tmp_path / "plain")[-1], records(tmp_path / "other")[-1]
+    assert other["val_loss"] == plain["val_loss"] and other["train_loss"] > plain["train_loss"] + 0.1

@@ -207,8 +207,8 @@ def test_text_comes_as_it_is_made(story, monkeypatch, capsys):
     seen = []
     plain = recipe.generate
 
-    def watched(*args):
-        for choice in plain(*args):
+    def watched(*args, **more):
+        for choice in plain(*args, **more):
             seen.append(capsys.readouterr().out)
             yield choice
 

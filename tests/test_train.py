@@ -17,11 +17,11 @@ from kobza.optim import make_optimizers, schedule
 from kobza.tokenizer import CharTokenizer
 from kobza.train import IGNORE, NonFinite, bits_per_byte, evaluate, next_token_loss, train, train_step
 
-GPT2 = dict(position="learned", norm="layernorm", qk_norm=False, mlp="gelu", bias=True, tied=True, zero_init=False)
+GPT2 = dict(position="learned", norm="layernorm", qk_norm=False, mlp="gelu", bias=True, tied=True, init="gpt2")
 
 
 def small(**switches):
-    defaults = dict(vocab_size=13, max_seq_len=8, n_layer=2, n_head=2, n_embd=16, zero_init=False)
+    defaults = dict(vocab_size=13, max_seq_len=8, n_layer=2, n_head=2, n_embd=16, init="gpt2")
     return build(ModelConfig(**(defaults | switches)))
 
 
@@ -119,7 +119,7 @@ def bad_gradient(model, batch):
 
 
 @pytest.mark.parametrize("bad, what", [(bad_loss, "loss"), (bad_gradient, "gradient norm")])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "sgd"])
 def test_a_step_that_is_not_finite_touches_nothing(bad, what, optimizer):
     model, config = small(), TrainConfig(steps=9, accumulate=2, optimizer=optimizer, warmup_steps=0)
     optimizers, calls = make_optimizers(model, config), []
@@ -182,11 +182,12 @@ def test_the_loop_yields_its_steps():
     assert all(s.tokens == 3 * 48 and s.seconds > 0 and s.grad_norm > 0 for s in steps)
 
 
-def test_stopping_and_going_on_is_going_through():
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "sgd"])
+def test_stopping_and_going_on_is_going_through(optimizer):
     """Here in memory: the same objects, and a second loop from the step where the first was left."""
 
     def losses(cuts):
-        model, config = small(), TrainConfig(steps=8, warmup_steps=2)
+        model, config = small(), TrainConfig(steps=8, warmup_steps=2, optimizer=optimizer)
         optimizers, batches, out = make_optimizers(model, config), iter([masked_batch(seed=i) for i in range(8)]), []
         for start, stop in zip(cuts, cuts[1:], strict=False):
             loop = train(model, optimizers, batches, config, next_token_loss(), first_step=start)
@@ -234,7 +235,10 @@ WORDS = "кобза грає вітер віє and the small model learns to wri
 GOLDEN = {
     "muon": [3.3322, 2.9514, 2.1508, 1.7631, 1.7496],
     "adamw": [3.3595, 2.9078, 2.3520, 2.1191, 2.0920],
+    "lion": [3.3595, 2.8610, 2.2224, 1.8964, 1.8685],
+    "sgd": [3.3595, 2.9113, 2.3762, 1.7126, 1.6932],
 }
+RATES = {"muon": 3e-3, "adamw": 3e-3, "lion": 3e-3, "sgd": 0.3}
 
 
 def golden_run(optimizer):
@@ -247,7 +251,7 @@ def golden_run(optimizer):
     switches = dict(n_kv_head=2) if optimizer == "muon" else GPT2
     sizes = dict(vocab_size=tokenizer.vocab_size, max_seq_len=32, n_layer=2, n_head=4, n_embd=32)
     model = build(ModelConfig(**sizes, **switches), seed=3)
-    config = TrainConfig(steps=50, optimizer=optimizer, warmup_steps=5, lr=3e-3, muon_lr=0.02, schedule="cosine")
+    config = TrainConfig(steps=50, optimizer=optimizer, warmup_steps=5, lr=RATES[optimizer], schedule="cosine")
     batches = Batches(tokens, 8, 32, seed=3)
     losses = [s.loss for s in train(model, make_optimizers(model, config), batches, config, next_token_loss())]
     final = evaluate(model, eval_batches(held_out, 8, 32, 10**9, torch.device("cpu")), next_token_loss())

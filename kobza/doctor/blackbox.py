@@ -29,10 +29,11 @@ from kobza.checkpoint import (
 )
 from kobza.config import InputError, RunConfig, require, to_dict
 from kobza.device import Runtime, set_rng_state
+from kobza.loss import make_loss
 from kobza.model import GPT, build
 from kobza.run import Run
-from kobza.surgery import watch
-from kobza.train import NonFinite, next_token_loss
+from kobza.surgery import compute_in_float32, freeze, watch
+from kobza.train import LossFn, NonFinite
 
 
 @dataclass(frozen=True)
@@ -106,22 +107,29 @@ def replay(path: Path) -> tuple[dict[str, Any], Finding]:
     model = build(run.model)
     fill_model(model, load_tensors(folder / "model.safetensors"), str(folder))
     runtime = Runtime(torch.device("cpu"), "bf16" if told["precision"] == "fp16" else told["precision"])
-    return told, first_bad_tensor(model, tensors, runtime)
+    if run.train.freeze:
+        freeze(model, run.train.freeze)
+    if run.train.fp32_parts and runtime.compute_dtype != torch.float32:
+        compute_in_float32(model, run.train.fp32_parts)
+    loss_fn = make_loss(run.train, run.model.n_ahead, runtime.compute_dtype)
+    return told, first_bad_tensor(model, tensors, runtime, loss_fn)
 
 
-def first_bad_tensor(model: GPT, tensors: dict[str, Tensor], runtime: Runtime) -> Finding:
+def first_bad_tensor(model: GPT, tensors: dict[str, Tensor], runtime: Runtime, loss_fn: LossFn) -> Finding:
     """Weights first, then outputs in the order of the forward pass, then the loss, then gradients from the head down."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return Finding("weight", name, describe(parameter))
     set_rng_state(tensors, runtime.device)
     model.train()
-    seen: list[tuple[str, Tensor]] = []
-    loss_fn = next_token_loss(runtime.compute_dtype)
+    seen: list[tuple[str, Any]] = []
     for i in range(sum(name.startswith("inputs.") for name in tensors)):
         with watch(model, is_leaf, lambda name, output: seen.append((name, output))):
             loss, _ = loss_fn(model, (tensors[f"inputs.{i}"], tensors[f"targets.{i}"]))
-        bad = next(((name, output) for name, output in seen if not output.isfinite().all()), None)
+        outputs = [
+            (name, output) for name, output in seen if isinstance(output, Tensor)
+        ]  # rope's are two, of no weights
+        bad = next(((name, output) for name, output in outputs if not output.isfinite().all()), None)
         if bad:
             return Finding("output", bad[0], f"micro-batch {i}: {describe(bad[1])}")
         if not loss.isfinite():

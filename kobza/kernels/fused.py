@@ -25,16 +25,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kobza.config import ModelConfig
-from kobza.model import GPT, Block, Cache
+from kobza.layers import ReLU2
+from kobza.model import GPT, Block, Cache, View
 from kobza.surgery import replace_modules
 
 aten = torch.ops.aten
 
 
 def supports(config: ModelConfig) -> bool:
-    """Whether the fused sub-layers compute this model: LayerNorm, no biases, no dropout, no QK-norm, no gate, no GQA."""
-    plain = config.norm == "layernorm" and not config.bias and not config.dropout and not config.qk_norm
-    return plain and config.mlp != "swiglu" and config.n_kv_head == config.n_head
+    """Whether the fused sub-layers compute this model: LayerNorm before, no biases, no dropout, no QK-norm, no gate, no GQA, and
+    attention over all that went before, scaled as usual."""
+    usual = config.pattern == "AF" and config.norm == "layernorm" and config.norm_place == "before"
+    plain = not (config.bias or config.dropout or config.qk_norm or config.norm_offset or config.qkv_bias)
+    attention = config.n_kv_head == config.n_head and not (config.attn_scale or config.attn_softcap or config.window)
+    return usual and plain and attention and config.mlp in ("relu2", "gelu", "gelu_tanh")
 
 
 def use(model: GPT) -> list[str]:
@@ -47,15 +51,15 @@ class FusedBlock(Block):
 
     def __init__(self, block: nn.Module):
         nn.Module.__init__(self)
+        self.names = block.names
         for name, child in block.named_children():
             self.add_module(name, child)
         self.act = ACTIVATIONS[type(self.mlp.act), getattr(self.mlp.act, "approximate", "none")]
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, views: list[View], cache: Cache | None) -> Tensor:
+        rope, mask = views[0]
         if cache is not None or mask is not None or (rope is not None and rope[0].ndim != 2):
-            return super().forward(x, rope, mask, cache)
+            return super().forward(x, views, cache)
         a, m = self.attn, self.mlp
         weights = (a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight)
         x = FusedAttention.apply(x, self.attn_norm.weight, *weights, rope, a.head_dim, self.attn_norm.eps)
@@ -182,8 +186,6 @@ def gelu(approximate: str) -> Activation:
 
 def activation_table() -> dict[tuple[type, str], Activation]:
     """The model's activation modules -> their fused forms."""
-    from kobza.model import ReLU2
-
     table = {(nn.GELU, name): gelu(name) for name in ("none", "tanh")}
     return {(ReLU2, "none"): (relu2_forward, relu2_backward)} | table
 

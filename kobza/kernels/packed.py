@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kobza.device import cpu_multiplies_bf16
-from kobza.model import GPT, Attention, Block, Cache, GatedMLP, rotate
+from kobza.layers import MLP, GatedMLP, rotate
+from kobza.model import GPT, Attention, Cache, View
 from kobza.surgery import replace_modules
 
 # oneDNN shares a long sum among threads when there is a single row, which rounds otherwise than in a batch
@@ -29,10 +30,10 @@ def supports(model: GPT) -> bool:
 
 
 def use(model: GPT) -> list[str]:
-    """Turn the model to bf16 and put a PackedBlock in place of each Block -> the names replaced. It generates only."""
+    """Turn the model to bf16 and pack its sub-layers and its head -> the names of the sub-layers. It generates only."""
     model.to(torch.bfloat16).requires_grad_(False)
     replace_modules(model, lambda name, _: name == "lm_head", PackedHead)
-    return replace_modules(model, lambda _, module: isinstance(module, Block), PackedBlock)
+    return replace_modules(model, lambda _, module: type(module) in PACKED, lambda module: PACKED[type(module)](module))
 
 
 class PackedLinear:
@@ -69,38 +70,39 @@ class PackedAttention(nn.Module):
 
     def __init__(self, plain: Attention):
         super().__init__()
-        self.layer, self.head_dim = plain.layer, plain.head_dim
+        self.layer, self.head_dim, self.view, self.scale = plain.layer, plain.head_dim, plain.view, plain.scale
         n_kv_head = plain.k_proj.out_features // plain.head_dim
         self.heads = [plain.q_proj.out_features // plain.head_dim, n_kv_head, n_kv_head]
         self.qkv_proj = PackedLinear(plain.q_proj, plain.k_proj, plain.v_proj)
         self.o_proj = PackedLinear(plain.o_proj)
-        self.qk_norm = None if isinstance(plain.qk_norm, nn.Identity) else plain.qk_norm
+        self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
+        self.cap = getattr(plain.attend, "keywords", {}).get("cap", 0.0)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, views: list[View], cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
+        rope, mask = views[self.view]
         q, k, v = (
             self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
         )  # (B, H | K, T, D)
-        if self.qk_norm is not None:
-            q, k = self.qk_norm(q), self.qk_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = attend_by_products(q.to(k.dtype), k, v, mask)
+        y = attend_by_products(q.to(k.dtype), k, v, mask, self.scale, self.cap)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v in two batched products, causal where there is no mask. q (B, H, T, D); k, v (B, K, S, D) ->
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float = 0.0) -> Tensor:
+    """softmax(q k^T scale) v in two batched products, causal where there is no mask. q (B, H, T, D); k, v (B, K, S, D) ->
     (B, H, T, D). Torch's fused form rounds by the number of rows; this one gives each row the same bits alone and in a batch."""
     B, H, T, D = q.shape
     groups, S = H // k.shape[1], k.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.bmm((q * D**-0.5).reshape(B * H, T, D), k.flatten(0, 1).mT)  # (B H, T, S)
+    scores = torch.bmm((q * scale).reshape(B * H, T, D), k.flatten(0, 1).mT)  # (B H, T, S)
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
     if mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     if mask is not None:
@@ -115,38 +117,25 @@ class PackedMLP(nn.Module):
         super().__init__()
         gelu = plain.act.approximate if isinstance(plain.act, nn.GELU) else None
         self.up_proj = PackedLinear(plain.up_proj, gelu=gelu)
-        self.act = None if gelu else plain.act
+        self.act = nn.Identity() if gelu else plain.act
         self.down_proj = PackedLinear(plain.down_proj)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up_proj(x)
-        return self.down_proj(h if self.act is None else self.act(h))
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
 
 
 class PackedGatedMLP(nn.Module):
-    """SwiGLU over packed weights, gate and up in one product. (B, T, C) -> (B, T, C)."""
+    """A gated MLP over packed weights, gate and up in one product. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, plain: GatedMLP):
         super().__init__()
         self.gate_up = PackedLinear(plain.gate_proj, plain.up_proj)
+        self.act = plain.act
         self.down_proj = PackedLinear(plain.down_proj)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_: object) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down_proj(nn.functional.silu(gate) * up)
+        return self.down_proj(self.act(gate) * up)
 
 
-class PackedBlock(Block):
-    """A Block over packed weights."""
-
-    def __init__(self, plain: nn.Module):
-        nn.Module.__init__(self)
-        self.attn_norm, self.mlp_norm = plain.attn_norm, plain.mlp_norm
-        self.attn = PackedAttention(plain.attn)
-        self.mlp = PackedGatedMLP(plain.mlp) if isinstance(plain.mlp, GatedMLP) else PackedMLP(plain.mlp)
-
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+PACKED = {Attention: PackedAttention, MLP: PackedMLP, GatedMLP: PackedGatedMLP}

@@ -1,4 +1,4 @@
-"""kobza describe: a preset, a run or a TOML file -> its parts with shapes, parameters, FLOPs and bytes."""
+"""kobza describe: a preset, a run or a TOML file -> its parts with shapes, parameters, FLOPs and bytes, and its equations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from kobza.config import InputError, RunConfig, load_toml, nearest, preset, preset_names, run_from_dict
+from kobza.describe.equations import Equation, equations
 from kobza.describe.parts import inference_bytes, parts, total_parameters, training_bytes
 
 CHARACTERS = 65  # of the default text; what vocab_size 0 is shown as
 
 
 def main(what: str, as_json: bool) -> int:
-    """Print the table and the module tree -> exit code."""
+    """Print the parts, the equations and the module tree -> exit code."""
     config = find_config(what)
     model = config.model if config.model.vocab_size else replace(config.model, vocab_size=CHARACTERS)
     rows, total = parts(model), total_parameters(model)
@@ -25,11 +26,15 @@ def main(what: str, as_json: bool) -> int:
         "training_bytes": training_bytes(model, config.train.micro_batch),
         "inference_bytes": inference_bytes(model),
     }
+    best = best_losses(what)
     if as_json:
+        losses = {"best": best} if best else {}
         table = [asdict(row) | {"parameters": row.parameters} for row in rows]
-        print(json.dumps({"parts": table, "parameters": total, **memory, "model": asdict(model)}))
+        lines = [line._asdict() for line in equations(model, config.train)]
+        figures = {"parts": table, "parameters": total, **memory, **losses}
+        print(json.dumps(figures | {"equations": lines, "model": asdict(model)}))
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # E[t] is no markup
     title = f"{what}: {total:,} parameters (weights and vectors of one copy; FLOPs forward)"
     table = Table(title=title, title_justify="left", title_style="", box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
     for column in ("part", "copies", "shapes", "weights", "vectors", "parameters", "FLOPs/token"):
@@ -41,20 +46,55 @@ def main(what: str, as_json: bool) -> int:
         table.add_row(row.name, str(row.copies), shapes, *(f"{n:,}" for n in figures))
     table.add_section()
     table.add_row("all", "", "", "", "", f"{total:,}", f"{sum(row.flops_per_token for row in rows):,}")
-    console.print(table)
+    console.print(table, "", sep="\n")
+    print_equations(console, equations(model, config.train))
     c = config.train
     print(f"training   up to {size(memory['training_bytes'])} at {c.micro_batch} x {model.max_seq_len} tokens, "
           f"of it {size(training_bytes(model, 0))} for weights, gradients, AdamW")  # fmt: skip
-    print(f"inference  {size(memory['inference_bytes'])} with a full KV cache, float32\n")
+    print(f"inference  {size(memory['inference_bytes'])} with a full KV cache, float32")
+    if best:
+        losses = f"{best['val_loss']:.4f} nats a token, {best['val_bpb']:.4f} bits a byte"
+        print(f"losses     validation {losses} at step {best['step']:,}")
+    print()
     from kobza.model import GPT  # here: the table itself needs no torch
 
     print(GPT(model))
     return 0
 
 
+def print_equations(console: Console, lines: list[Equation]) -> None:
+    """Each equation beside its shapes, or above them where the terminal is too narrow."""
+    widest = max(len(line.equation) for line in lines)
+    wide = console.width >= 14 + widest + 30
+    table = Table("part", "equation", box=SIMPLE, padding=(0, 2, 0, 0), show_edge=False)
+    if wide:
+        table.add_column("shapes (rows × columns)")
+    for line in lines:
+        shapes = line.shapes.replace("; ", "\n")
+        if wide:
+            table.add_row(line.what, line.equation, shapes)
+        else:
+            below = [f"    {each}" for each in shapes.splitlines()]
+            table.add_row(line.what, "\n".join([line.equation, *below]))
+    legend = "x: one token's vector, i its place, t its id; ⊙ by components; q, k, v, s, p of one head"
+    console.print(table, legend, "", sep="\n")
+
+
 def size(n_bytes: float) -> str:
     """size(1_234_567) -> "1.2 MB", size(2_000_000_000) -> "2.0 GB"."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def best_losses(what: str) -> dict[str, float] | None:
+    """The best evaluation of a run: step, val_loss in nats a token, val_bpb in bits a byte. None for what is no run."""
+    path = Path(what) / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    whole = [line for line in lines if line.endswith("}")]  # one may be half written
+    records = [json.loads(line) for line in whole if '"val_bpb"' in line]
+    best = min(records, key=lambda record: record["val_loss"], default=None)
+    return best and {key: best[key] for key in ("step", "val_loss", "val_bpb")}
 
 
 def find_config(what: str) -> RunConfig:

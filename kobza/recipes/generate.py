@@ -15,10 +15,11 @@ from torch import Tensor
 from kobza.checkpoint import Loaded, load_checkpoint
 from kobza.config import SampleConfig, require
 from kobza.device import make_runtime, memory_error
-from kobza.generate import generate
+from kobza.generate import Processor, generate
 from kobza.kernels import packed
 from kobza.model import n_parameters
 from kobza.tokenizer import StreamDecoder, Tokenizer
+from kobza.tokens.alphabet import restrict
 
 CACHE_BYTES = 32 << 20  # float32 weights up to here stay in a processor's cache, and packing them gains nothing
 CANDIDATES = 5  # shown at each step by --show-probabilities
@@ -76,6 +77,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
+def limits(loaded: Loaded, ids: list[int], config: SampleConfig) -> list[Processor]:
+    """What --alphabet forbids in the continuations of a prompt."""
+    return restrict(config, loaded.tokenizer, len(ids), next(loaded.model.parameters()).device)
+
+
 class StopFinder:
     """Text piece by piece, held back while it may be the beginning of a stop string, and cut where one stands."""
 
@@ -99,8 +105,8 @@ def write_text(
     loaded: Loaded, ids: list[int], stops: list[str], config: SampleConfig, show: Callable[[str], Any]
 ) -> str:
     """Generate one text, calling show(piece) as it grows -> the whole."""
-    stream, finder, parts = StreamDecoder(loaded.tokenizer), StopFinder(stops), []
-    for choice in generate(loaded.model, [ids], config, loaded.tokenizer.ends):
+    stream, finder, parts = StreamDecoder(loaded.tokenizer, continues=True), StopFinder(stops), []
+    for choice in generate(loaded.model, [ids], config, loaded.tokenizer.ends, extra=limits(loaded, ids, config)):
         if choice.ids[0] is not None:
             parts.append(finder.feed(stream.feed(choice.ids[0])))
             show(parts[-1])
@@ -113,10 +119,12 @@ def write_text(
 
 def write_texts(loaded: Loaded, ids: list[int], samples: int, stops: list[str], config: SampleConfig) -> list[str]:
     """Generate several texts side by side."""
-    streams = [StreamDecoder(loaded.tokenizer) for _ in range(samples)]
+    streams = [StreamDecoder(loaded.tokenizer, continues=True) for _ in range(samples)]
     finders = [StopFinder(stops) for _ in range(samples)]
     texts = [""] * samples
-    for choice in generate(loaded.model, [ids] * samples, config, loaded.tokenizer.ends):
+    for choice in generate(
+        loaded.model, [ids] * samples, config, loaded.tokenizer.ends, extra=limits(loaded, ids, config)
+    ):
         for i, token in enumerate(choice.ids):
             if token is not None and not finders[i].found:
                 texts[i] += finders[i].feed(streams[i].feed(token))
@@ -142,8 +150,8 @@ def detailed(
         print("  chosen           the likeliest, by the model's own probabilities")
     for i in range(samples):
         one, steps, text, finder = replace(config, seed=config.seed + i), [], "", StopFinder(stops)
-        stream = StreamDecoder(loaded.tokenizer)
-        for choice in generate(loaded.model, [ids], one, loaded.tokenizer.ends):
+        stream = StreamDecoder(loaded.tokenizer, continues=True)
+        for choice in generate(loaded.model, [ids], one, loaded.tokenizer.ends, extra=limits(loaded, ids, one)):
             steps.append(candidates(loaded.tokenizer, choice.logits[0], choice.ids[0]))
             text += finder.feed(stream.feed(choice.ids[0]))
             if not as_json:

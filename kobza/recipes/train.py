@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from kobza.checkpoint import read_best
+from kobza.checkpoint import list_checkpoints, read_best
 from kobza.config import RunConfig, TrainConfig, require
 from kobza.data import Batches, bytes_per_token, eval_batches, overlap
 from kobza.describe.parts import training_bytes
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
 from kobza.doctor.blackbox import record_failure, refuse_spoiled
+from kobza.hub.encodings import find_tokenizer
 from kobza.hub.shakespeare import default_text
 from kobza.kernels import fused as fused_blocks
 from kobza.log import MetricsLog, ProgressLine
+from kobza.loss import is_plain, make_loss
 from kobza.model import GPT, build, training_flops_per_token
 from kobza.optim import make_optimizers
 from kobza.report.console import Commentator, figures, make_board, write_board
@@ -36,16 +39,20 @@ from kobza.run import (
     Standing,
     Training,
     free_folder,
+    given_embeddings,
     lock,
     new_run,
     restore_training,
     resumed_run,
     save_training,
 )
+from kobza.surgery import compute_in_float32, freeze
+from kobza.tokens.advisor import run_warnings
 from kobza.train import NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
 
 EVAL_TOKENS = 200_000  # train.eval_tokens 0: enough that the loss of a window is known to about 0.003 nats
 EVAL_BATCH_TOKENS = 4096  # without a backward pass there is room for more rows, and a CPU is quicker with them
+EVAL_BATCH_LOGITS = 1 << 27  # half a gigabyte: with a vocabulary of 200,000 it is the logits that fill the room
 COMPILE_SECONDS = 60  # what torch.compile takes on a GPU machine before the first step
 
 
@@ -65,13 +72,19 @@ def main(
     out = out or free_folder(Path("runs") / name)
     runtime = make_runtime(device, config.train.precision)
     check_memory(config, runtime)
+    check_parts(config, runtime)
     require(not (resume and text), f"--resume goes on with the text in {out}; leave out {' '.join(text)}")
     with lock(out), memory_error(config.train.micro_batch, config.model.max_seq_len):
         if not text and not resume:
             path, note = default_text()
             console.print(note)
             text = [str(path)]
-        run = resumed_run(out, config) if resume else new_run(out, config, text)
+        tokenizer = None if resume else find_tokenizer(config.data.tokenizer, config.data.unknown)
+        if tokenizer and not tokenizer.lossless:
+            console.print(
+                f"tokenizer {config.data.tokenizer}: lossy; it changes some texts, and losses are of what it keeps"
+            )
+        run = resumed_run(out, config) if resume else new_run(out, config, text, tokenizer)
         return train_run(run, runtime, console, make_board(out) if tensorboard else None, as_json)
 
 
@@ -79,26 +92,27 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
     """Train an opened run to its end -> exit code."""
     config, seq_len, device = run.config.train, run.config.model.max_seq_len, runtime.device
     torch.manual_seed(run.config.seed)  # dropout
-    model = build(run.config.model, run.config.seed, device)
+    model, network, kernels = make_model(run.config, runtime, fresh=not list_checkpoints(run.out))
     batches = Batches(run.corpus.train, config.micro_batch, seq_len, run.config.seed, device)
     scaler = torch.amp.GradScaler(device.type) if runtime.precision == "fp16" else None
     optimizers = make_optimizers(model, config, runtime.compute_dtype)
     training = Training(model, optimizers, batches, scaler, Standing(), device)
     restore_training(run, training)
     standing = training.standing
-    compiled = compile_pays(config, runtime, model)
-    fused = config.kernels == "auto" and device.type == "cpu" and not compiled and fused_blocks.supports(model.config)
-    if fused:
-        fused_blocks.use(model)
-    network: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
-    loss_fn = next_token_loss(runtime.compute_dtype)
-    rows = max(config.micro_batch, EVAL_BATCH_TOKENS // seq_len)
+    loss_fn = make_loss(config, run.config.model.n_ahead, runtime.compute_dtype)
+    plain_loss = next_token_loss(runtime.compute_dtype)  # of every evaluation, so that objectives compare
+    rows = eval_rows(run.config)
     held_out = eval_batches(run.corpus.val, rows, seq_len, config.eval_tokens or EVAL_TOKENS, device)
     val_bytes = bytes_per_token(run.corpus.val, run.tokenizer)
     metrics = MetricsLog(run.out / "metrics.jsonl", standing.step)
     commentator = Commentator(run, model, console, metrics.records)
-    where = f"{runtime.precision}{', fused blocks' * fused}{', compiled' * compiled} on {device_name(device)}"
+    where = f"{runtime.precision}{kernels and ', '}{kernels} on {device_name(device)}"
     commentator.introduce(where, overlap(run.corpus.train, run.corpus.val), standing.step)
+    commentator.warn(run_warnings(run, commentator.facts.n_params))
+    if not is_plain(config, run.config.model.n_ahead):
+        console.print(
+            "          the train loss is of another objective than the validation loss: do not compare the two\n"
+        )
     flops, peak = training_flops_per_token(model), peak_flops(device)
     line = ProgressLine(console, config.steps, standing.step)
     rng = partial(rng_state, device)
@@ -115,7 +129,7 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
                 if look or save:
                     refuse_spoiled(model, step.step, rng())
                 if look:
-                    val = evaluate(network, held_out, loss_fn)
+                    val = evaluate(network, held_out, plain_loss)
                     record |= {"val_loss": round(val, 6), "val_bpb": round(bits_per_byte(val, val_bytes), 6)}
                     improved = standing.note(val)
                     outcome = stop_reason(config, val, standing)
@@ -163,10 +177,57 @@ def check_memory(config: RunConfig, runtime: Runtime) -> None:
     )
 
 
+def eval_rows(config: RunConfig) -> int:
+    """Sequences in one batch of an evaluation."""
+    tokens = min(EVAL_BATCH_TOKENS, EVAL_BATCH_LOGITS // max(1, config.model.vocab_size))
+    return max(config.train.micro_batch, tokens // config.model.max_seq_len)
+
+
+def make_model(config: RunConfig, runtime: Runtime, fresh: bool = True) -> tuple[GPT, nn.Module, str]:
+    """A model as its training begins, the form of it that computes, and a word on that form. `fresh`: no checkpoint will be
+    put into it, so it starts from train.embeddings where they are given."""
+    train = config.train
+    model = build(config.model, config.seed, runtime.device)
+    if train.embeddings and fresh:
+        table = given_embeddings(train.embeddings, config.model)
+        with torch.no_grad():
+            model.embed.weight[: len(table)].copy_(table)  # rows of padding stay as drawn
+    if train.freeze:
+        freeze(model, train.freeze)
+    wide = compute_in_float32(model, train.fp32_parts) if train.fp32_parts else []
+    if wide:
+        torch.set_float32_matmul_precision("highest")  # float32, not TF32
+    if compile_pays(train, runtime, model):
+        return model, torch.compile(model), "compiled"  # type: ignore[return-value]
+    fits = train.kernels == "auto" and runtime.device.type == "cpu" and fused_blocks.supports(model.config)
+    if fits and any(name.startswith("blocks") for name in wide):
+        return model, model, "plain blocks since train.fp32_parts names some"
+    if fits:
+        fused_blocks.use(model)
+    return model, model, "fused blocks" * fits
+
+
+def check_parts(config: RunConfig, runtime: Runtime) -> None:
+    """Refuse names of parts that the model has not, before the text is read: on its skeleton, which has no numbers."""
+    train = config.train
+    idle = train.fp32_parts and runtime.compute_dtype == torch.float32
+    require(
+        not idle, f"train.fp32_parts has no effect: precision here is {runtime.precision}; leave it out or take bf16"
+    )
+    with torch.device("meta"):
+        skeleton = GPT(replace(config.model, vocab_size=config.model.vocab_size or 1))
+    if train.freeze:
+        freeze(skeleton, train.freeze)
+    if train.fp32_parts:
+        compute_in_float32(skeleton, train.fp32_parts)
+
+
 def compile_pays(config: TrainConfig, runtime: Runtime, model: GPT) -> bool:
     """Whether torch.compile earns its start-up: on a known GPU with minutes of work ahead. On a CPU it takes longer than
     the runs that people make there, so it has to be asked for."""
     peak = peak_flops(runtime.device)
+    if model.config.n_ahead > 1:  # their loss calls the parts of the model, not the whole that is compiled
+        return False
     if config.compile != "auto" or peak is None:
         return config.compile == "on"
     tokens = config.steps * config.micro_batch * config.accumulate * model.config.max_seq_len

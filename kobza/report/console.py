@@ -83,6 +83,11 @@ class Commentator:
         if first_step:
             say(f"resumed   at step {first_step:,}")
 
+    def warn(self, lines: list[str]) -> None:
+        """What is wrong before the first step."""
+        for line in lines:
+            self.console.print(f"warning   {escape(line)}", style="yellow")
+
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation's figures, a sample and what the coach newly remarks."""
         val, say = record["val_loss"], self.console.print
@@ -106,7 +111,7 @@ class Commentator:
         begin = tokenizer.encode(tokenizer.line_start()).tolist()
         config = SampleConfig(tokens=SAMPLE_TOKENS, seed=self.run.config.seed + step)
         ids = [choice.ids[0] for choice in generate(self.model, [begin], config, tokenizer.ends)]
-        return tokenizer.decode([i for i in ids if i is not None])
+        return tokenizer.decode([i for i in ids if i is not None], continues=True)
 
     def conclude(self, outcome: str, best: dict[str, Any], seconds: float, picture: Any, page: Any) -> None:
         """What was reached, what it means, and what to try next."""

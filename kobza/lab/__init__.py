@@ -1,0 +1,1 @@
+"""The lab: a design (one base, factors with levels, seeds, a budget) -> paired runs -> statistics -> a report in words."""
