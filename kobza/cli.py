@@ -415,7 +415,7 @@ class Presets:
                 if argument.hint is int:
                     check_whole(argument.name, token.value)
                 if argument.name == "TEXT":
-                    check_text(token.value, options)
+                    check_text(token.value, options, " ".join(commands))
 
     def fitting(self, values: dict[str, Any], arguments: Any, source: str) -> dict[str, Any]:
         """The values less those that stronger settings leave without effect: with --model.norm none a preset's norm_weight.
@@ -486,11 +486,13 @@ def check_whole(name: str, value: str) -> None:
     require(whole, f"{name} is {value}; it must be a whole number")
 
 
-def check_text(word: str, options: list[str]) -> None:
-    """Refuse a mistyped option among the texts; "-" alone is standard input."""
+def check_text(word: str, options: list[str], verb: str) -> None:
+    """Refuse a mistyped option among the texts, and none at all, which would be this folder; "-" alone is standard input."""
     close = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), options, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ";"
-    require(word == "-" or not word.startswith("-"), f"unknown option {word}{hint} see kobza train --help")
+    hint = f"; did you mean {close[0]}?" if close and close[0] != word else ";"
+    require(word == "-" or not word.startswith("-"), f"unknown option {word}{hint} see kobza {verb} --help")
+    empty = "the text is empty: '' names nothing; give a file or folder, . for this one, or - for standard input"
+    require(word != "", empty)
 
 
 preset_ = preset  # `train` has a parameter of that name
@@ -499,8 +501,10 @@ app.config = (Presets(),)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command -> its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return app(sys.argv[1:] if argv is None else argv, print_error=False, exit_on_error=False) or 0
+        check_utf8(words)
+        return app(words, print_error=False, exit_on_error=False) or 0
     except InputError as error:
         return complain(str(error))
     except CycloptsError as error:
@@ -518,6 +522,12 @@ def main(argv: list[str] | None = None) -> int:
             "free space and call again; a run goes on with --resume" if full else "see that it can be read and written"
         )
         return complain(f"{where}{error.strerror or error}; what was saved before is whole; {remedy}")
+
+
+def check_utf8(words: list[str]) -> None:
+    """Refuse bytes that are not UTF-8 among the arguments: no file of a run could name them, and nothing could print them."""
+    bad = next((word for word in words if any("\ud800" <= c <= "\udfff" for c in word)), None)
+    require(bad is None, f"the argument {bad!r} is not UTF-8; give it in UTF-8, or rename the file")
 
 
 def complain(message: str) -> int:

@@ -248,17 +248,12 @@ class ModelConfig:
         set_ = object.__setattr__  # frozen: the zeros that mean "derived" are filled in once, here
         for name in ("n_layer", "n_head", "n_embd", "max_seq_len", "n_ahead"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        at_least_0 = (
-            "vocab_size",
-            "pad_vocab",
-            "n_kv_head",
-            "head_dim",
-            "n_ff",
-            "softcap",
-            "attn_softcap",
-            "attn_scale",
-        )
-        for name in (*at_least_0, "window", "rope_original_len", "rope_local_theta"):
+        blocks = f"model.n_layer is {self.n_layer}; it must be at most 10,000"
+        require(self.n_layer <= 10_000, blocks)  # they are counted one by one before memory is asked for
+        far = f"model.n_ahead is {self.n_ahead}: no target is so far ahead at model.max_seq_len {self.max_seq_len}; lower it"
+        require(self.n_ahead <= self.max_seq_len, far)
+        at_least_0 = "vocab_size pad_vocab n_kv_head head_dim n_ff softcap attn_softcap attn_scale window"
+        for name in (*at_least_0.split(), "rope_original_len", "rope_local_theta"):
             require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("norm_eps", "rope_theta", "embed_scale"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be above 0")
@@ -427,6 +422,8 @@ class DataConfig:
         if kind == "bpe":
             object.__setattr__(self, "vocab_size", self.vocab_size or 4096)
             require(self.vocab_size >= 257, f"data.vocab_size is {self.vocab_size}; bytes and end-of-text need 257")
+            most = f"data.vocab_size is {self.vocab_size}; it must be at most 1,000,000"
+            require(self.vocab_size <= 1_000_000, most)  # the library asks for its memory at once, and aborts
         else:
             why = f"data.vocab_size {self.vocab_size} has no effect with tokenizer={kind}; leave it out"
             require(self.vocab_size == 0, f"{why}, or give 0 where a preset names it")
@@ -590,6 +587,11 @@ class RunConfig:
         require(0 <= self.seed < 2**63, f"--seed is {self.seed}; it must be in [0, 2**63)")
         check_together(self.model, self.train)
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one update."""
+        return self.train.micro_batch * self.train.accumulate * self.model.max_seq_len
+
 
 def check_together(model: ModelConfig, train: TrainConfig) -> None:
     """Refuse what the model leaves without effect in training."""
@@ -676,6 +678,14 @@ def migrate_train(values: dict[str, Any]) -> dict[str, Any]:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict of any of these dataclasses."""
     return dataclasses.asdict(config)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names. flatten({"train": {"lr": 1}}) -> {"train.lr": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def load_toml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +45,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
             files.append(path)
             continue
         require(Path(path).exists(), f"{path}: no such file or folder")
+        require(Path(path).is_dir(), f"{path}: neither a file nor a folder; pipe its text in and give -")
         found = [str(p) for p in sorted(Path(path).rglob("*")) if p.is_file() and _kind(p.name) in SUFFIXES]
         require(bool(found), f"{path}: no text in this folder; kobza looks for {' '.join(SUFFIXES)}, also with .gz")
         files += found
@@ -113,9 +114,8 @@ def text_blocks(source: str, stream: BinaryIO) -> Iterator[str]:
             raise InputError(_not_utf8(source, error.object, offset - pending, error.start)) from None
         if offset == 0:
             text = text.removeprefix("\ufeff")
-        require(
-            "\0" not in text, f"{source}: a NUL byte near offset {offset + text.find(chr(0))}: a binary file, not text"
-        )
+        nul = f"{source}: a NUL byte near offset {offset + text.find(chr(0))}: a binary file, not text"
+        require("\0" not in text, nul)
         offset += len(raw)
         text = rest + text
         cut = last_cut(text) if raw else len(text)
@@ -172,10 +172,11 @@ def _jsonl_documents(file: str, stream: BinaryIO, field: str) -> Iterator[tuple[
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{where}: not JSON: {error}") from None
+        except RecursionError:
+            raise InputError(f"{where}: JSON nested too deeply; a line is one object") from None
         require(isinstance(record, dict), f"{where}: a {type(record).__name__}, not an object with a field {field!r}")
-        require(
-            field in record, f"{where}: no field {field!r}{nearest(field, list(record))}; name it with --text-field"
-        )
+        lacks = f"{where}: no field {field!r}{nearest(field, list(record))}; name it with --text-field"
+        require(field in record, lacks)
         require(isinstance(record[field], str), f"{where}: field {field!r} is not a string")
         half = next((c for c in record[field] if "\ud800" <= c <= "\udfff"), None)
         require(half is None, f"{where}: field {field!r} has half a surrogate pair, {half!r}, which no UTF-8 spells")
@@ -313,15 +314,20 @@ def _token_blocks(documents: Documents, tokenizer: Tokenizer) -> Iterator[np.nda
     end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype=np.int32)
     for source, blocks in documents:
         yield begin
-        line, continues = 1, False
-        for block in blocks:
-            try:
-                yield tokenizer.encode(block, line, continues)
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from None
-            line, continues = line + block.count("\n"), True
+        yield from encode_blocks(source, blocks, tokenizer)
         yield end
         yield None
+
+
+def encode_blocks(source: str, blocks: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Token ids of a document block by block; a complaint names the source and the line in it."""
+    line, continues = 1, False
+    for block in blocks:
+        try:
+            yield tokenizer.encode(block, line, continues)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        line, continues = line + block.count("\n"), True
 
 
 def load_corpus(folder: Path, max_seq_len: int) -> Corpus:
@@ -333,9 +339,8 @@ def load_corpus(folder: Path, max_seq_len: int) -> Corpus:
         n, n_train, n_files = index["n_tokens"], index["n_train"], len(index["files"])
         shortest = min(n_train, n - n_train)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}: index.json and the shards do not fit ({error!r}); train in another --out"
-        ) from None
+        why = f"index.json and the shards do not fit ({error!r})"
+        raise InputError(f"{folder}: {why}; train in another --out") from None
     require(n > 0, f"the text is empty: 0 tokens in {n_files} file(s); give a text")
     lower = f" or a smaller --model.max_seq_len (below {shortest})" if shortest > 1 else ""
     require(

@@ -35,6 +35,9 @@ class Embedding(nn.Embedding):
         super().__init__(n_rows, size)
         self.scale = scale
 
+    def reset_parameters(self) -> None:
+        """Nothing: as in Linear. Torch's own draw imports its compiler's machinery where the table is on the meta device."""
+
     def forward(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self.weight)
         return x if self.scale == 1 else x * self.scale
@@ -83,10 +86,8 @@ class LayerNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = (
-            None if self.weight is None else (self.weight + self.offset if self.offset else self.weight).to(x.dtype)
-        )
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.weight if self.weight is None or not self.offset else self.weight + self.offset
+        weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, self.bias))
         return torch.layer_norm(x, x.shape[-1:], weight, bias, self.eps)  # torch's kernel computes in float32 inside
 
 

@@ -229,7 +229,7 @@ class GPT(nn.Module):
 def make_position(config: ModelConfig) -> nn.Module | None:
     """What is added to the embedding to tell a token its place."""
     if config.position == "learned":
-        return nn.Embedding(config.max_seq_len, config.n_embd)
+        return Embedding(config.max_seq_len, config.n_embd)
     return Sinusoids(config.max_seq_len, config.n_embd) if config.position == "sinusoidal" else None
 
 
@@ -268,13 +268,13 @@ def init_weights(model: GPT, seed: int) -> None:
             continue
         rule, size = spread(leaf, parameter, config)
         values = torch.empty(parameter.shape)
-        parameter.copy_(
+        if rule == "uniform":
             values.uniform_(-size, size, generator=generator)
-            if rule == "uniform"
-            else values.normal_(0.0, size, generator=generator)
-            if size
-            else values.zero_()
-        )
+        elif size:
+            values.normal_(0.0, size, generator=generator)
+        else:
+            values.zero_()  # takes no draw
+        parameter.copy_(values)
 
 
 def spread(leaf: str, weight: Tensor, config: ModelConfig) -> tuple[str, float]:

@@ -85,7 +85,12 @@ def new_run(out: Path, config: RunConfig, text: Sequence[str], tokenizer: Tokeni
     """Tokenise the text into a fresh run folder and open it. `tokenizer`: unless it is learned from the text."""
     require(not (out / "config.toml").exists(), f"{out}: holds a run; go on with --resume or take another --out")
     write_tokens(out, config, text, tokenizer)
-    return open_run(out, config)
+    try:
+        return open_run(out, config)
+    except InputError:  # refused before it stands there: the folder is as it was
+        shutil.rmtree(out / "tokens", ignore_errors=True)
+        (out / "tokenizer.json").unlink(missing_ok=True)
+        raise
 
 
 def resumed_run(out: Path, config: RunConfig) -> Run:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kobza.config import InputError, nearest, require
+from kobza.config import nearest, require
 
 Match = Callable[[str, nn.Module], bool]
 
@@ -20,9 +20,7 @@ def replace_modules(model: nn.Module, match: Match, make: Callable[[nn.Module], 
 
     replace_modules(model, lambda name, m: name.endswith("q_proj"), with_lora) -> ["blocks.0.attn.q_proj", ...]
     """
-    found = [(name, module) for name, module in model.named_modules() if name and match(name, module)]
-    if not found:
-        raise InputError(f"no module of {type(model).__name__} matches; its modules: {_some_names(model)}")
+    found = _matching(model, lambda name, module: bool(name) and match(name, module))
     for name, module in found:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, make(module))
@@ -92,10 +90,10 @@ class Float32:
 @contextmanager
 def watch(model: nn.Module, match: Match, see: Callable[[str, Any], None]) -> Iterator[None]:
     """Within the context see(name, output) is called after the forward of each matching module; gone afterwards."""
-    found = [(name, module) for name, module in model.named_modules() if match(name, module)]
-    if not found:
-        raise InputError(f"no module of {type(model).__name__} matches; its modules: {_some_names(model)}")
-    hooks = [m.register_forward_hook(lambda _m, _i, output, name=name: see(name, output)) for name, m in found]
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: see(name, output))
+        for name, module in _matching(model, match)
+    ]
     try:
         yield
     finally:
@@ -103,6 +101,10 @@ def watch(model: nn.Module, match: Match, see: Callable[[str, Any], None]) -> It
             hook.remove()
 
 
-def _some_names(model: nn.Module) -> str:
-    """The distinct leaf names of a model, for an error message."""
-    return ", ".join(sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if name}))
+def _matching(model: nn.Module, match: Match) -> list[tuple[str, nn.Module]]:
+    """The modules where match(name, module) holds; none at all is refused."""
+    modules = list(model.named_modules())
+    found = [(name, module) for name, module in modules if match(name, module)]
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name, _ in modules if name}))
+    require(bool(found), f"no module of {type(model).__name__} matches; its modules: {leaves}")
+    return found

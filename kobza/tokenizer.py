@@ -79,6 +79,12 @@ class Tokenizer:
         spelled = b"".join(self.pieces[i] for i in ids)
         return (spelled if continues else spelled.removeprefix(self.prefix)).decode("utf-8", errors="replace")
 
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of a text to be continued; a beginning token stands first where models are trained with one."""
+        ids = ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt).tolist()
+        require(bool(ids), "the prompt is empty; give at least one character of the vocabulary")
+        return ids
+
     def line_start(self) -> str:
         """A prompt that says nothing: a line end, or where the vocabulary has none, its first token that is text."""
         if b"\n" in self.pieces:
@@ -382,7 +388,9 @@ def _pieces(inner: Any, content: dict[str, Any]) -> list[bytes]:
     vocab, decoder, added = content["model"]["vocab"], content["decoder"], inner.get_added_tokens_decoder()
     ids = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
     named = {i: name for name, i in ids} | {i: token.content for i, token in added.items()}
-    names = [named.get(i, "") for i in range(max(named, default=-1) + 1)]
+    top = max(named, default=-1)
+    require(top < 2 * len(named) + 1_000_000, f"its largest id is {top:,} though it has {len(named):,} tokens: damaged")
+    names = [named.get(i, "") for i in range(top + 1)]
     types = _types(decoder)
     if "ByteLevel" in types:  # all at once, for there may be 200,000: a symbol is a byte
         table = {ord(symbol): byte for symbol, byte in byte_of_symbol().items()}
@@ -436,7 +444,7 @@ def load_tokenizer(path: Path, unknown: str = "error") -> Tokenizer:
         return _from_json(text, unknown)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not a tokenizer.json ({error!r}); {remedy}") from None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kobza.config import require
+from kobza.train import IGNORE
 
 
 @contextmanager
@@ -54,8 +55,8 @@ def newest(held: Tensor, kept: Tensor) -> Tensor:
 
 
 def ignore(targets: Tensor, placeholder_id: int) -> Tensor:
-    """The targets (B, T) with train.IGNORE where the placeholder stands, which is never learned."""
-    return targets.masked_fill(targets == placeholder_id, -100)
+    """The targets (B, T) with IGNORE where the placeholder stands, which is never learned."""
+    return targets.masked_fill(targets == placeholder_id, IGNORE)
 
 
 def never(placeholder_id: int) -> Callable[[Tensor, list[list[int]]], Tensor]:

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import os
 import resource
 import shutil
@@ -112,6 +113,8 @@ def test_a_text_of_one_character_is_refused(tmp_path, refused):
         ("--train.steps", "--train.steps requires an argument"),
         ("--train.lr 0", "train.lr is 0.0; it must be above 0"),
         ("--train.lr nan", "train.lr is nan"),
+        ("--train.micro_batch 99999999999999", "out of memory: train.micro_batch 99999999999999 of 16 tokens"),
+        ("--model.pad-vocab 99999999999", "out of memory"),
         ("--train.optimizer adam", '"adam" for --train.optimizer. Choose from: "muon", "adamw", "lion"'),
         (
             "--model.n_head 3",
@@ -185,6 +188,11 @@ def test_a_config_that_is_a_folder_or_binary_is_named(text, tmp_path, refused):
         (["replay", "nowhere"], "nowhere: no such bundle or run"),
         (["describe", "nowhere"], "nowhere: neither a preset nor a run nor a TOML file"),
         (["data", "nothing"], '"nothing"'),
+        (["tokens", "-x"], "unknown option -x; see kobza tokens --help"),
+        (["tokens", "a\udcff"], "the argument 'a\\udcff' is not UTF-8"),
+        (["train", ""], "the text is empty: '' names nothing"),
+        (["tokens", "abc" * 999, "--fit", "--with", ""], "--with is empty"),
+        (["generate", "nowhere", "--stop", ""], "--stop '' has no effect"),
     ],
 )
 def test_a_wrong_word_is_named(argv, says, refused, tmp_path, monkeypatch):
@@ -207,6 +215,8 @@ def test_a_wrong_word_is_named(argv, says, refused, tmp_path, monkeypatch):
         ("--min-tokens 9 --tokens 3", "--min-tokens is 9; it must be between 0 and --tokens 3"),
         ("--samples 0", "--samples is 0; it must be at least 1"),
         ("--samples=-1", "--samples is -1; it must be at least 1"),
+        ("--samples=99999999999", "out of memory: --samples 99999999999 side by side take"),
+        ("--alphabet=Klingon", "no script or language 'Klingon'"),
         ("--prompt=\u00fcber", "1 character is not in the vocabulary"),
         ("--prompt=", "the prompt is empty"),
         ("--prompt=\u00fc --unknown skip", "the prompt is empty"),
@@ -402,3 +412,59 @@ def test_training_without_network_and_without_text_is_said(tmp_path, refused, mo
 def test_json_stays_clean_on_a_refusal(trained, capsys):
     assert main(["generate", str(trained), "--top-p", "2", "--json"]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_chat_refuses_before_the_first_line_and_says_what_is_no_utf8(trained, refused, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert "'Klingon'" in refused("chat", trained, "--alphabet", "Klingon")
+    assert "byte 0xff is not UTF-8" in refused("chat", trained)
+
+
+def test_a_prompt_that_is_no_utf8_is_said(trained, refused, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert "byte 0xff is not UTF-8" in refused("generate", trained, "--prompt", "-")
+
+
+def test_a_model_beyond_memory_is_described(tmp_path):
+    (tmp_path / "big.toml").write_text("[model]\nn_embd = 10000000\nn_head = 1")
+    assert main(["describe", str(tmp_path / "big.toml")]) == 0
+
+
+def test_tasks_nested_too_deeply_and_seeds_of_eval_beyond_torch_are_named(trained, tmp_path, refused):
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    assert "nested too deeply" in refused("eval", trained, "--tasks", tmp_path / "deep.jsonl")
+    assert "--seed is 9223372036854775808" in refused("eval", trained, "--seed", 2**63)
+    assert "out of memory: --samples" in refused("eval", trained, "--samples", 10**11)
+
+
+# ---- sizes and files out of all proportion -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting, says",
+    [
+        (["--model.n-layer", "99999999"], "model.n_layer is 99999999; it must be at most 10,000"),
+        (["--model.n-ahead", "999"], "no target is so far ahead"),
+        (["--tokenizer", "bpe", "--vocab-size", "9999999"], "it must be at most 1,000,000"),
+    ],
+)
+def test_a_size_out_of_all_proportion_is_refused_at_once(setting, says, text, tmp_path, refused):
+    small = [word for word in SMALL if "n_layer" not in word]
+    assert says in refused("train", text, "--out", tmp_path / "run", *small, *setting)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipe_by_name_is_no_folder(tmp_path, refused):
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused("train", tmp_path / "pipe", "--out", tmp_path / "run", *SMALL)
+
+
+def test_a_refused_vocabulary_leaves_nothing(text, tmp_path, refused):
+    refused("train", text, "--out", tmp_path / "run", *SMALL, "--model.vocab-size", "3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_jsonl_line_nested_too_deeply_is_named(tmp_path, refused):
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    line = refused("train", tmp_path / "deep.jsonl", "--out", tmp_path / "run", *SMALL)
+    assert "line 1" in line and "nested too deeply" in line

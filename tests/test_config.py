@@ -20,6 +20,7 @@ from kobza.config import (
     RunConfig,
     SampleConfig,
     TrainConfig,
+    flatten,
     from_dict,
     load_toml,
     nearest,
@@ -273,6 +274,15 @@ def test_presets_load(name):
 
 def test_the_promised_presets_are_there():
     assert {"workshop", "tiny", "laptop", "medium", "gpt2", "speedrun", "demo"} <= set(preset_names())
+
+
+def test_tables_become_dotted_names():
+    assert flatten({"a": {"b": {"c": 1}}, "d": None}) == {"a.b.c": 1, "d": None}
+
+
+def test_an_update_reads_all_its_micro_batches():
+    run = RunConfig(ModelConfig(max_seq_len=16), train=TrainConfig(micro_batch=3, accumulate=5))
+    assert run.batch_tokens == 3 * 5 * 16
 
 
 def test_unknown_preset_names_the_nearest():

@@ -187,3 +187,9 @@ def test_presets_lists_them_all(capsys):
     assert main(["presets"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in preset_names())
+
+
+def test_a_preset_is_shown_with_the_vocabulary_of_its_tokenizer(capsys):
+    for name, rows in {"kobzar": 200_019, "kobzar_better": 1024, "gpt2": 50_257, "demo": 65}.items():
+        assert main(["describe", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["model"]["vocab_size"] == rows

@@ -20,7 +20,7 @@ from kobza.evals.memorise import find_copies, usual_copy
 from kobza.evals.score import Scored, score
 from kobza.evals.stats import Estimate, difference, over_units, ratio, share, trend
 from kobza.evals.tasks import choose, judge, read_tasks
-from kobza.evals.texts import pieces_like, stretches, write
+from kobza.evals.texts import pieces_like, read_documents, stretches, write
 from kobza.recipes import train as recipe
 from kobza.run import open_run
 from kobza.tokenizer import CharTokenizer
@@ -446,6 +446,24 @@ def test_tables_for_a_person(run, capsys):
         "intervals over",
     ):
         assert words in out
+
+
+def test_a_document_read_in_blocks_has_the_ids_of_training(tmp_path, monkeypatch):
+    """A tokenizer that begins a text with a space does so once, not at every block."""
+    seen = []
+
+    class Noting(CharTokenizer):
+        def encode(self, text, line=1, continues=False):
+            seen.append((text, line, continues))
+            return super().encode(text, line, continues)
+
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    monkeypatch.setattr("kobza.data.BLOCK_BYTES", 8)
+    (document,), cut = read_documents([str(tmp_path / "a.txt")], "text", Noting.train(["one two\nthree"]), 0)
+    assert document.text == "one\ntwo\nthree\n" and not cut
+    assert [continues for _, _, continues in seen] == [False] + [True] * (len(seen) - 1) and len(seen) > 1
+    read = ["".join(text for text, _, _ in seen[:i]) for i in range(len(seen))]
+    assert [line for _, line, _ in seen] == [1 + before.count("\n") for before in read]
 
 
 def test_documents_of_a_jsonl_get_a_row_each(run, tmp_path, capsys):

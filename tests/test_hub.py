@@ -173,7 +173,7 @@ def test_write_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub.os, "replace", full)
+    monkeypatch.setattr("kobza.hub.cache.os.replace", full)
     with pytest.raises(Unavailable, match="No space left"):
         hub.write_whole(tmp_path / "text", TEXT)
     assert list(tmp_path.iterdir()) == []

@@ -10,13 +10,14 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.power import TTestPower
 
 from kobza.config import InputError
-from kobza.lab.budget import batch_tokens, cost, match_parameters, match_steps
+from kobza.lab.budget import cost, match_parameters, match_steps
 from kobza.lab.design import DESIGNS, Arm, Budget, arms_of, find_design, read_design
 from kobza.lab.plan import seeds_of
 from kobza.lab.statistics import (
     averaged,
     compare,
     detectable_effect,
+    engineering,
     false_positives,
     judge,
     power_of,
@@ -130,7 +131,11 @@ BAD = [
     ('[factors]\n"tied" = [false, true]\n', "no setting"),
     ('[factors]\n"model.tied" = [true]\nb = [{"model.bias" = false}, {"model.bias" = true}]\n', "one level"),
     ('[factors]\n"model.tied" = true\n', "list of levels"),
-    ('[factors]\n"model.tied" = [true, true]\n', "two levels called 'yes'"),
+    ('[factors]\n"model.tied" = [true, true]\n', "two levels called 'yes', and they are the same: no effect"),
+    ("seeds = 99999999999999999999\n" + NORM, "at most 10,000"),
+    ("seeds = [0, 9223372036854775808]\n" + NORM, "seeds is"),
+    ("evaluations = 99999999999\n" + NORM, "from 1 to 10,000"),
+    ("budget = { flops = inf }\n" + NORM, "finite number above 0"),
     ('[factors]\n"train.keep" = [1, 2]\n', "no effect in the lab"),
     ('[factors]\n"train.steps" = [10, 20]\n', "the budget sets it"),
     (
@@ -209,7 +214,7 @@ def test_parameters_can_be_met_by_the_model_s_width():
 
 
 def test_a_width_without_effect_is_refused():
-    with pytest.raises(InputError, match="arm 'arm 1': .*n_ff.* has no effect"):
+    with pytest.raises(InputError, match="arm 'arm 1': its pattern 'A' has no feed-forward.*n_embd"):
         match_parameters(arms({"pattern": "A", "mlp": "relu2"}), "n_ff")
 
 
@@ -220,7 +225,7 @@ def test_steps_are_what_the_budget_buys():
         return [a.config().train.steps for a in match_steps(arms(wide), budget, seconds)]
 
     assert steps(Budget("steps", 100)) == [100, 100]
-    tokens = batch_tokens(arms()[0].config())
+    tokens = arms()[0].config().batch_tokens
     assert steps(Budget("tokens", 50.2 * tokens, "tokens")) == [50, 50]
     flops = [tokens * cost(a.config().model).flops_per_token for a in arms(wide)]
     assert steps(Budget("flops", 30 * flops[1], "flops")) == [round(30 * flops[1] / flops[0]), 30]
@@ -382,6 +387,10 @@ def test_an_a_a_control_counts_false_positives():
     assert "which holds alpha" in found.verdict
     unlike = false_positives(left + 1, right, 5, 0.05)
     assert unlike.low > 0.05 and "MISSES" in unlike.verdict
+
+
+def test_counts_for_reading_are_rounded_before_their_unit_is_chosen():
+    assert [engineering(n) for n in (0, 999, 1000, 999_999, 1_234_567)] == ["0", "999", "1k", "1M", "1.23M"]
 
 
 def test_main_effects_average_over_the_other_factor():

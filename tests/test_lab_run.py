@@ -15,8 +15,9 @@ import torch
 from kobza.cli import main
 from kobza.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from kobza.lab import page, runner
+from kobza.lab.report import read_result
 from kobza.lab.runner import run_trials
-from kobza.lab.store import Trial, read_result, token_set
+from kobza.lab.store import Trial, token_set
 from kobza.recipes import trial as one
 from kobza.recipes.trial import last_bytes, places
 

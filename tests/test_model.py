@@ -299,6 +299,13 @@ def test_every_config_runs_and_starts_finite(config):
     assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_making_a_model_draws_nothing_from_the_global_generator():
+    """So dropout's masks depend on the seed alone. On the meta device torch's own draw takes seconds: it loads the compiler."""
+    before = torch.get_rng_state()
+    build(ModelConfig(vocab_size=17, position="learned", n_ahead=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_workshop_model_has_the_promised_numbers():
     """Issue 2: what is often quoted, 1.8M, is one layer of the six."""
     config = ModelConfig(**(run_from_dict(preset("workshop"), "workshop").model.__dict__ | {"vocab_size": 65}))

@@ -36,6 +36,24 @@ def workplace(tmp_path_factory):
     (folder / "poems").mkdir()
     for name in ("poems.txt", "poems/a.txt", "poems/b.txt"):
         (folder / name).write_text(VERSE)
+    design = [
+        'base = "tiny"',
+        "seeds = 2",
+        "budget = { steps = 3 }",
+        "evaluations = 1",
+        "eval_bytes = 500",
+        'text = ["poems.txt"]',
+    ]
+    settings = [
+        '"model.n_layer" = 1',
+        '"model.n_embd" = 16',
+        '"model.n_head" = 2',
+        '"model.max_seq_len" = 16',
+        '"train.micro_batch" = 2',
+    ]
+    (folder / "norms.toml").write_text(
+        "\n".join([*design, "[set]", *settings, "[factors]", '"model.norm" = ["rmsnorm", "none"]'])
+    )
     for run in ("demo", "mine"):
         out = str(folder / "runs" / run)
         assert cli.main(["train", str(folder / "poems.txt"), "--out", out, *TINY, *QUICK]) == 0

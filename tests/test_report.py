@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kobza.report.coach import Facts, meaning, remarks
 from kobza.report.landmarks import Landmarks, entropy, measure_landmarks
 from kobza.report.metrics import read_metrics, series
-from kobza.report.page import flags, flatten, printable, render, short, write_report
+from kobza.report.page import flags, printable, render, short, write_report
 from kobza.report.picture import MAX_POINTS, decimate, loss_figure, smooth, spread, svg_text, write_png
 
 LANDMARKS = Landmarks(uniform=math.log(65), unigram=3.31, bigram=2.45, mean_token_bytes=1.0, mean_pair_count=800.0)
@@ -529,7 +529,6 @@ def test_flags_are_code_and_the_rest_is_escaped():
 
 def test_small_formats():
     assert [short(n) for n in (0, 999, 1000, 999_999, 1_234_567)] == ["0", "999", "1k", "1M", "1.23M"]
-    assert flatten({"a": {"b": {"c": 1}}, "d": None}) == [("a.b.c", 1), ("d", None)]
     assert printable("a\tb\nc\x07") == "a\tb\nc\ufffd"
 
 

@@ -25,11 +25,8 @@ class TextIndex:
         places, n = np.arange(len(needle)), len(self.points)
         if n == 0:
             return np.zeros(len(needle), np.int64)
-        low, high = (
-            np.zeros(len(needle), np.int64),
-            np.full(len(needle), n),
-        )  # the suffix's place in order lies in [low, high]
-        best = np.zeros(len(needle), np.int64)
+        low, best = np.zeros(len(needle), np.int64), np.zeros(len(needle), np.int64)
+        high = np.full(len(needle), n)  # the needle's place among the suffixes in order lies in [low, high]
         while (low < high).any():
             middle = (low + high) // 2
             suffix = self.order[np.minimum(middle, n - 1)]

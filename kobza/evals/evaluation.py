@@ -128,17 +128,7 @@ def as_dict(e: Evaluation) -> dict[str, Any]:
     loss |= {"unit": e.loss.unit, "tokens": e.loss.n_tokens, "bytes": e.loss.n_bytes}
     loss["by_position"] = [asdict(p) for p in e.positions]
     loss["by_document"] = e.documents
-    measures = [
-        {
-            "name": m.name,
-            "aim": m.aim,
-            "unit": m.unit,
-            "reference": m.reference,
-            "why": m.why,
-            "estimate": plain(m.estimate),
-        }
-        for m in e.measures
-    ]
+    measures = [asdict(measure) | {"estimate": plain(measure.estimate)} for measure in e.measures]
     memorisation: dict[str, Any] = {"memorised": e.memorised, "verdict": verdict(e.gap, e.copies)}
     memorisation["gap"] = None if e.gap is None else asdict(e.gap)
     memorisation["copies"] = None if e.copies is None else asdict(e.copies)

@@ -17,7 +17,7 @@ from kobza.checkpoint import load_checkpoint
 from kobza.config import InputError, SampleConfig, nearest, require
 from kobza.device import make_runtime
 from kobza.evals.score import encode_pair, score
-from kobza.evals.tasks import continue_all, prompt_ids
+from kobza.evals.texts import continue_all
 
 ABSENT = 'lm-evaluation-harness is not installed: pip install "kobza[lm-eval]"'
 NEW_TOKENS = 256  # where a task sets no max_gen_toks; the harness's own default
@@ -80,7 +80,7 @@ class Kobza(LM):
         for group in kinds.values():
             settings = requests[group[0]].args[1]
             config, stops = sampling(settings)
-            prompts = [prompt_ids(self.encoder, requests[i].args[0]) for i in group]
+            prompts = [self.encoder.encode_prompt(requests[i].args[0]) for i in group]
             texts = continue_all(self.model, self.encoder, prompts, [config.tokens] * len(group), config)
             for i, text in zip(group, texts, strict=True):
                 results[i] = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

@@ -39,9 +39,7 @@ DISTRACTORS = 3
 ITEMS = 800  # cloze items, and pairs of line ends, at most: a share is known to 0.035 at worst
 FEWEST = 20  # fewer items, lines or marks than these are no measurement
 REPEATED = 4  # characters of the n-grams that are looked for earlier in a text: about a syllable
-NOVEL = (
-    8  # of those that are looked for in the training text: longer than most words, so that it takes in how they join
-)
+NOVEL = 8  # of those looked for in the training text: longer than most words, so that it takes in how they join
 NO_TRAINING_TEXT = "the training text is not at hand: it lies in the run's folder"
 PAIRS = {"(": ")", "[": "]", "{": "}", "“": "”", "«": "»", "„": "“"}
 CLOSERS = set(PAIRS.values())
@@ -77,14 +75,14 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ClozeItem:
     """A context and what may follow it; the first candidate does."""
 
     context: str
     candidates: tuple[str, ...]
 
 
-def cloze_items(text: str, context: int, seed: int = 0, most: int = ITEMS) -> list[Choice]:
+def cloze_items(text: str, context: int, seed: int = 0, most: int = ITEMS) -> list[ClozeItem]:
     """Places of a text with the next word and words of the same length, drawn as often as the text has them: neither length nor
     frequency gives the answer away. `context`: characters before."""
     rng = random.Random(seed)
@@ -93,7 +91,7 @@ def cloze_items(text: str, context: int, seed: int = 0, most: int = ITEMS) -> li
     for match in WORD.finditer(text):
         counts.setdefault(len(match[0]), Counter())[match[0]] += 1
     rng.shuffle(places)
-    items: list[Choice] = []
+    items: list[ClozeItem] = []
     for place in places:
         pool = counts[len(place[0])]
         if len(items) == most:
@@ -101,7 +99,7 @@ def cloze_items(text: str, context: int, seed: int = 0, most: int = ITEMS) -> li
         if len(pool) > DISTRACTORS:
             others = _draw(rng, pool, place[0])
             before = text[max(0, place.start() - context) : place.start() - 1]
-            items.append(Choice(before, tuple(f" {word}" for word in (place[0], *others))))
+            items.append(ClozeItem(before, tuple(f" {word}" for word in (place[0], *others))))
     return items
 
 
@@ -126,7 +124,7 @@ def likelihoods(model: GPT, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str
     return np.array([float(s.logprob.sum()) for s in score(model, tokenizer, ids, firsts)])
 
 
-def cloze(model: GPT, tokenizer: Tokenizer, items: Sequence[Choice]) -> list[Measure]:
+def cloze(model: GPT, tokenizer: Tokenizer, items: Sequence[ClozeItem]) -> list[Measure]:
     """How often the true word is the likeliest of its candidates, and the probability it has among them."""
     if len(items) < FEWEST:
         why = f"only {len(items)} words with enough others of their length"
@@ -197,7 +195,6 @@ def whole_words(text: str) -> list[str]:
 
 def spelling(texts: Sequence[str], norm: Norm) -> Measure:
     """The share of words that stand in the training text."""
-
     known = norm.words
     if known is None:
         return Measure("spelling", None, "reference", why=NO_TRAINING_TEXT)
@@ -269,7 +266,6 @@ def repetition(texts: Sequence[str], norm: Norm) -> Measure:
 
 def novelty(texts: Sequence[str], norm: Norm) -> Measure:
     """The share of n-grams that the training text does not have."""
-
     index = norm.index
     if index is None:
         return Measure(f"new {NOVEL}-grams", None, "reference", why=NO_TRAINING_TEXT)

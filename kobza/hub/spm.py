@@ -41,6 +41,7 @@ def from_model(path: Path) -> LibraryTokenizer:
         raise InputError(f'{path}: SentencePiece is not installed; pip install "kobza[sentencepiece]"') from None
     try:
         data = path.read_bytes()
+        require(bool(data), "the file is empty; fetch it again")  # of which the library complains on stderr by itself
         processor = SentencePieceProcessor(model_proto=data)
         tokenizer = LibraryTokenizer(converted(processor, types(data), *header(data)))
     except OSError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kobza.config import ModelConfig, RunConfig, require
+from kobza.config import ModelConfig, require
 from kobza.lab.design import Arm, Budget, named
 from kobza.model import GPT, n_parameters, training_flops_per_token
 
@@ -39,11 +39,6 @@ def cost(config: ModelConfig) -> Cost:
     return Cost(n_parameters(model), training_flops_per_token(model))
 
 
-def batch_tokens(config: RunConfig) -> int:
-    """Tokens of one update."""
-    return config.train.micro_batch * config.train.accumulate * config.model.max_seq_len
-
-
 # ---- parameters ----------------------------------------------------------------------------------------------------
 
 
@@ -56,6 +51,8 @@ def match_parameters(arms: list[Arm], width: str) -> list[Arm]:
 def solve_width(arm: Arm, width: str, target: int) -> Arm:
     """The arm with the width whose number of parameters is nearest to the target."""
     model = arm.config().model
+    none = f"arm {arm.label!r}: its pattern {model.pattern!r} has no feed-forward whose n_ff could be solved; "
+    require(width != "n_ff" or "F" in model.pattern, none + 'give budget.parameters = "n_embd"')
     # whole heads of an even width; below that every width will do
     stride = 2 * model.n_head if width == "n_embd" and not arm.values["model"].get("head_dim") else 1
 
@@ -95,9 +92,9 @@ def match_steps(arms: list[Arm], budget: Budget, seconds_per_step: Callable[[Arm
         if budget.match == "steps":
             return 1.0
         if budget.match == "tokens":
-            return batch_tokens(config)
+            return config.batch_tokens
         if budget.match == "flops":
-            return batch_tokens(config) * cost(config.model).flops_per_token
+            return config.batch_tokens * cost(config.model).flops_per_token
         return seconds_per_step(arm)
 
     prices = {arm.label: price(arm) for arm in arms}

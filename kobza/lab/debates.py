@@ -5,13 +5,9 @@ Everything comes out of report.json files; nothing is written by hand, so that t
 
 from __future__ import annotations
 
-from typing import Any
-
 from kobza.lab.page import number, probability, setting
-from kobza.lab.report import label
+from kobza.lab.report import Content, label
 from kobza.lab.statistics import engineering
-
-Content = dict[str, Any]
 
 COLUMNS = ("question", "arm", "against", "n", "budget", "difference ± 95%", "corrected p", "verdict")
 

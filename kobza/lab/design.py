@@ -21,6 +21,7 @@ training. Budgets are budget.py's business, runs are runner.py's; this file need
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from kobza.config import (
     InputError,
     RunConfig,
     check_keys,
+    flatten,
     load_toml,
     nearest,
     preset,
@@ -46,6 +48,7 @@ MEASURES = ("val_loss", "val_bpb")
 QUANTITIES = ("steps", "tokens", "flops", "seconds")  # what a budget can hold equal
 WIDTHS = ("n_ff", "n_embd")  # what is solved for an equal number of parameters
 BASELINE = "baseline"
+MOST = 10_000  # seeds, and evaluations of a run
 
 # Settings that decide nothing here: the lab keeps no checkpoints, looks at its own places and spends the whole budget.
 WITHOUT_EFFECT = {
@@ -101,7 +104,7 @@ class Arm:
     @property
     def label(self) -> str:
         """Its name, with the size where there are several."""
-        return f"{self.name} ({self.size})" if self.size else self.name
+        return sized(self.name, self.size)
 
     def config(self, seed: int = 0) -> RunConfig:
         """Its RunConfig under a seed."""
@@ -111,6 +114,11 @@ class Arm:
     def with_value(self, section: str, key: str, value: Any) -> Arm:
         """The arm with one value changed."""
         return replace(self, values={**self.values, section: {**self.values.get(section, {}), key: value}})
+
+
+def sized(name: str, size: str) -> str:
+    """An arm's name with its size; "" where the design has no sizes."""
+    return f"{name} ({size})" if size else name
 
 
 @contextmanager
@@ -210,7 +218,8 @@ def read_design(path: Path) -> Design:
 def check(design: Design, where: str) -> None:
     """Refuse what cannot vary, be paired or be measured."""
     require(0 < design.alpha < 1, f"{where}: alpha is {design.alpha}; it must be between 0 and 1")
-    require(design.evaluations > 0, f"{where}: evaluations is {design.evaluations}; it must be at least 1")
+    good = 0 < design.evaluations <= MOST
+    require(good, f"{where}: evaluations is {design.evaluations}; it must be from 1 to {MOST:,}")
     require(design.eval_bytes > 0, f"{where}: eval_bytes is {design.eval_bytes}; it must be at least 1")
     n_sizes = len(design.sizes)
     require(n_sizes != 1, f"{where}: [sizes] has one size, so there is no trend; give two or more, or use [set]")
@@ -262,8 +271,11 @@ def text_paths(given: Any, path: Path) -> tuple[str, ...]:
 def read_seeds(given: Any, where: str) -> tuple[int, ...]:
     """5 -> (0, 1, 2, 3, 4); a list as it is."""
     whole = isinstance(given, int) and not isinstance(given, bool)
+    require(not whole or given <= MOST, f"{where}: seeds is {given}; it must be at most {MOST:,}")
     seeds = tuple(range(given)) if whole else tuple(given) if isinstance(given, list) else ()
-    good = whole or (bool(seeds) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds))
+    good = whole or (
+        bool(seeds) and all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds)
+    )
     require(good, f"{where}: seeds is {given!r}; it must be a number of seeds or a list of whole numbers")
     require(len(seeds) >= 2, f"{where}: {len(seeds)} seed(s); a spread needs at least 2, and 5 tell more")
     twice = next((s for s in seeds if seeds.count(s) > 1), None)
@@ -282,8 +294,8 @@ def read_budget(given: Any, base: dict[str, Any], where: str) -> Budget:
     require(len(units) <= 1, f"{where}: the budget names {' and '.join(units)}; give one, and what to match in `match`")
     unit = units[0] if units else "steps"
     amount = given.get(unit, run_from_dict(base, where).train.steps)
-    good = isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount > 0
-    require(good, f"{where}: budget.{unit} is {amount!r}; it must be a number above 0")
+    good = isinstance(amount, (int, float)) and not isinstance(amount, bool) and 0 < amount < math.inf
+    require(good, f"{where}: budget.{unit} is {amount!r}; it must be a finite number above 0")
     require(unit != "steps" or float(amount).is_integer(), f"{where}: budget.steps is {amount}; it must be whole")
     match = given.get("match", unit)
     require(match in QUANTITIES, f"{where}: budget.match is {match!r}{nearest(str(match), list(QUANTITIES))}")
@@ -317,14 +329,6 @@ def settings(given: Any, where: str) -> dict[str, Any]:
     return flat
 
 
-def flatten(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables -> one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in given.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def merged(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
     """A nested dict with flat settings put in, the last winning; the base is left as it was. What a change takes the effect from,
     as position=none does from rope_theta, goes from the base."""
@@ -344,7 +348,13 @@ def read_factors(given: dict[str, Any], where: str) -> dict[str, list[Level]]:
         read = [read_level(name, level, f"{where} factor {name!r}") for level in levels]
         names = [level.name for level in read]
         twice = next((n for n in names if names.count(n) > 1), None)
-        require(twice is None, f"{where}: factor {name!r} has two levels called {twice!r}; give them a name = ...")
+        alike = [level.settings for level in read if level.name == twice]
+        why = (
+            ", and they are the same: no effect; give another"
+            if alike[1:] == alike[:-1]
+            else "; give them a name = ..."
+        )
+        require(twice is None, f"{where}: factor {name!r} has two levels called {twice!r}{why}")
         factors[name] = read
     return factors
 

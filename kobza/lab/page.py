@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kobza.lab.picture import Content, curves_figure, differences_figure, trend_figure, write_png
-from kobza.lab.report import label
+from kobza.lab.picture import curves_figure, differences_figure, trend_figure, write_png
+from kobza.lab.report import Content, baselines, label
 from kobza.lab.statistics import engineering
 
 if TYPE_CHECKING:
@@ -238,18 +238,8 @@ def tables(content: Content) -> list[dict[str, Any]]:
 
 def arm_table(content: Content) -> dict[str, Any]:
     """What each arm reached and spent, with the mismatch against its baseline."""
-    base = {arm["size"]: arm for arm in content["arms"] if not any(arm["levels"])}
-    columns = [
-        "arm",
-        "runs",
-        f"mean, {content['unit']}",
-        "seed SD",
-        "parameters",
-        "steps",
-        "tokens",
-        "FLOPs",
-        "seconds",
-    ]
+    base = baselines(content["arms"])
+    columns = ["arm", "runs", f"mean, {content['unit']}", "seed SD", *"parameters steps tokens FLOPs seconds".split()]
     rows = []
     for arm in content["arms"]:
         runs = f"{len(arm['values'])}" + f" ({arm['diverged']} diverged)" * bool(arm["diverged"])

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kobza.lab.report import Content, baselines, label
 from kobza.lab.statistics import engineering
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ HELPS, HURTS, UNSURE = "#12936b", "#c8501e", "#7d8590"
 AXES = {"steps": ("step", "step"), "tokens": ("tokens", "tokens seen"), "flops": ("flops", "FLOPs spent")}
 AXES |= {"seconds": ("seconds", "seconds of training")}
 AXIS_WORDS = {"nats": "held-out loss, nats per token", "bits per byte": "held-out loss, bits per byte"}
-
-Content = dict[str, Any]
 
 
 def new_figure(width: float, height: float, box: tuple[float, float, float, float]) -> tuple[Figure, Axes]:
@@ -143,8 +142,7 @@ def differences_figure(content: Content) -> Figure | None:
     noise = [c["noise"] for c in found if c["noise"]]
     if noise:
         axes.axvspan(-max(noise), max(noise), color=INK, alpha=0.07, linewidth=0)
-    names = [f"{c['arm']} ({c['size']})" if c["size"] else c["arm"] for c in reversed(found)]
-    axes.set_yticks(range(len(found)), [shortened(name, 36) for name in names])
+    axes.set_yticks(range(len(found)), [shortened(label(c), 36) for c in reversed(found)])
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.margins(x=0.06)
     axes.spines["left"].set_visible(False)
@@ -161,21 +159,15 @@ def trend_figure(content: Content) -> Figure | None:
 
     room = label_room(line["arm"] for line in content["trends"])
     figure, axes = new_figure(7.4, 3.5, (0.125, 0.15, 0.91 - room, 0.81))
-    parameters = {arm["size"]: arm["parameters"] for arm in content["arms"] if not any(arm["levels"])}
+    parameters = {size: arm["parameters"] for size, arm in baselines(content["arms"]).items()}
     ends = []
     for i, line in enumerate(content["trends"], start=1):
         colour = COLOURS[i % len(COLOURS)]
         mine = [c for c in content["comparisons"] if c["arm"] == line["arm"]]
         aside = 1.025 ** (i - (len(content["trends"]) + 1) / 2)  # else the bars would hide each other
         x = [parameters[c["size"]] * aside for c in mine]
-        axes.errorbar(
-            x,
-            [c["difference"] for c in mine],
-            [c["half_width"] or 0 for c in mine],
-            fmt="D",
-            color=colour,
-            markersize=5,
-        )
+        y, bars = [c["difference"] for c in mine], [c["half_width"] or 0 for c in mine]
+        axes.errorbar(x, y, bars, fmt="D", color=colour, markersize=5)
         span = np.array([line["parameters"][0], line["parameters"][-1]])
         fitted = line["intercept"] + line["slope"] * np.log10(span)
         axes.plot(span, fitted, color=colour, linewidth=1.2, alpha=0.8)

@@ -13,7 +13,7 @@ from typing import Any
 
 from kobza.checkpoint import write_file
 from kobza.config import DataConfig, RunConfig, require, to_dict
-from kobza.lab.budget import batch_tokens, check_arms, cost, match_parameters, match_steps
+from kobza.lab.budget import check_arms, cost, match_parameters, match_steps
 from kobza.lab.design import Arm, Design, arms_of, named
 from kobza.lab.store import TokenSet, Trial, digest, held_out_bytes, source_digest, text_digest, token_set, trial_hash
 from kobza.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def make_plan(
             eval_bytes=n_bytes,
             evaluations=design.evaluations,
             device=device,
-            flops=config.train.steps * batch_tokens(config) * cost(config.model).flops_per_token,
+            flops=config.train.steps * config.batch_tokens * cost(config.model).flops_per_token,
         )
 
     arms = match_steps(arms, design.budget, lambda arm: calibrated(out, trial(arm, 0), seconds_per_step))
@@ -83,10 +83,8 @@ def seeds_of(design: Design, arm: Arm) -> tuple[int, ...]:
     """The seeds of an arm: the design's, shared by all; an A/A control's equal arms get seeds of their own."""
     if not design.is_control:
         return design.seeds
-    n, first = (
-        len(design.seeds) * design.repeats,
-        min(design.seeds) + arm.levels[0] * len(design.seeds) * design.repeats,
-    )
+    n = len(design.seeds) * design.repeats
+    first = min(design.seeds) + arm.levels[0] * n
     return tuple(range(first, first + n))
 
 

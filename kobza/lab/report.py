@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from kobza.config import InputError, require
+from kobza.lab.design import sized
 from kobza.lab.statistics import UNITS, Comparison, Control, averaged, compare, false_positives, judge, trend
 
-FORMAT = 1
+FORMAT = 1  # of result.json, design.json and report.json; a new number leaves old results aside
 OFF_BUDGET = 0.02  # a mismatch above this of what was to be equal is remarked
 
 Content = dict[str, Any]
@@ -31,21 +32,8 @@ def assemble(folder: Path) -> Content:
     require(done > 0, f"{folder}: no run is done yet; start with kobza lab run")
     control = control_of(arms, design) if design["repeats"] else None
     comparisons = [] if control else comparisons_of(arms, design)
-    keys = (
-        "name",
-        "title",
-        "plan",
-        "measure",
-        "at",
-        "alpha",
-        "n_seeds",
-        "budget",
-        "base",
-        "text",
-        "eval_bytes",
-        "factors",
-    )
-    content = {"format": FORMAT, **{key: design[key] for key in keys}, "unit": UNITS[design["measure"]]}
+    keys = "name title plan measure at alpha n_seeds budget base text eval_bytes factors"
+    content = {"format": FORMAT, **{key: design[key] for key in keys.split()}, "unit": UNITS[design["measure"]]}
     content |= {"runs_done": done, "runs_wanted": wanted}
     content |= {"comparisons": [plain(c) for c in comparisons], "control": asdict(control) if control else None}
     content |= {"trends": [] if control else trends_of(arms, comparisons, design)}
@@ -81,7 +69,18 @@ def is_begun(folder: Path) -> bool:
     """Whether any run of a design is done."""
     design = read_noted(folder)
     names = (name for arm in design["arms"] for name in arm["runs"].values())
-    return any((folder.parent / "runs" / name / "result.json").exists() for name in names)
+    return any(result_path(folder.parent, name).exists() for name in names)
+
+
+def result_path(out: Path, name: str) -> Path:
+    """Where the result of a run lies."""
+    return out / "runs" / name / "result.json"
+
+
+def read_result(out: Path, name: str) -> Content | None:
+    """The result of a run, or None if it is not done."""
+    path = result_path(out, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def plain(c: Comparison) -> Content:
@@ -94,16 +93,13 @@ def plain(c: Comparison) -> Content:
 
 def arm_content(arm: Content, out: Path, design: Content) -> Content:
     """An arm of design.json with the values and costs of its finished runs."""
-    results = {}
-    for seed, name in arm["runs"].items():
-        path = out / "runs" / name / "result.json"
-        if path.exists():
-            results[int(seed)] = json.loads(path.read_text(encoding="utf-8"))
+    found = {int(seed): read_result(out, name) for seed, name in arm["runs"].items()}
+    results = {seed: result for seed, result in found.items() if result is not None}
     values = {seed: None if r["diverged"] else r[design["at"]][design["measure"]] for seed, r in results.items()}
     finite = [v for v in values.values() if v is not None]
     whole = [r for r in results.values() if not r["diverged"]]
     content = {key: arm[key] for key in ("name", "size", "levels", "runs")}
-    content |= {"label": f"{arm['name']} ({arm['size']})" if arm["size"] else arm["name"]}
+    content |= {"label": sized(arm["name"], arm["size"])}
     content |= {"settings": arm["values"], "values": values, "mean": fmean(finite) if finite else None}
     content |= {"sd": stdev(finite) if len(finite) > 1 else None, "diverged": len(values) - len(finite)}
     for key in ("parameters", "steps", "flops"):
@@ -244,4 +240,4 @@ def headline(content: Content) -> str:
 
 def label(c: Content) -> str:
     """A comparison's name."""
-    return f"{c['arm']} ({c['size']})" if c["size"] else c["arm"]
+    return sized(c["arm"], c["size"])

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from kobza.lab.store import Trial, read_result, write_result
+from kobza.lab.report import read_result
+from kobza.lab.store import Trial, write_result
 
 Work = Callable[[Trial], dict[str, Any]]  # a trial -> its result; importable by name, for it travels to the workers
 

@@ -262,6 +262,7 @@ def trend_words(slope: float, half: float, sure: bool, intercept: float, sizes: 
 
 def engineering(number: float) -> str:
     """A count for reading. engineering(1234567) -> "1.23M" """
+    number = float(f"{number:.3g}")  # rounded first, or 999,999 would be 1e+03k
     for limit, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
             return f"{number / limit:.3g}{suffix}"

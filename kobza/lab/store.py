@@ -27,10 +27,10 @@ from kobza.checkpoint import write_file
 from kobza.config import DataConfig, RunConfig, require, to_dict
 from kobza.data import find_files, load_corpus
 from kobza.lab.design import WITHOUT_EFFECT, Arm, Design
+from kobza.lab.report import FORMAT, result_path
 from kobza.run import write_tokens
 from kobza.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # of result.json; a new number leaves old results aside
 HELD_OUT_SHARE = 0.9  # of the held-out text at most is evaluated, so that it is held out under every tokenizer
 SETTINGS = [name for name in WITHOUT_EFFECT if name not in ("train.steps", "model.vocab_size")]
 
@@ -116,7 +116,7 @@ class Trial:
     eval_bytes: int
     evaluations: int
     device: str
-    flops: int  # of the whole run, for the progress bar
+    flops: int  # of the whole run
 
 
 def trial_hash(config: RunConfig, tokens: TokenSet, eval_bytes: int, evaluations: int, device: str) -> str:
@@ -134,17 +134,6 @@ def given_files(config: RunConfig) -> list[str]:
     """Files besides the text that decide a run: train.embeddings FILE.safetensors:KEY -> [FILE.safetensors]"""
     file, suffix, _ = config.train.embeddings.partition(".safetensors")
     return [file + suffix] if file else []
-
-
-def result_path(out: Path, name: str) -> Path:
-    """Where the result of a run lies."""
-    return out / "runs" / name / "result.json"
-
-
-def read_result(out: Path, name: str) -> dict[str, Any] | None:
-    """The result of a run, or None if it is not done."""
-    path = result_path(out, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_result(out: Path, name: str, result: dict[str, Any]) -> None:

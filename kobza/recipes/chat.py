@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from kobza.config import InputError, SampleConfig
-from kobza.recipes.generate import encode_prompt, open_model, write_text
+from kobza.recipes.generate import check_stops, limits, open_model, write_text
 
 PARAGRAPH = "\n\n"  # a model trained on plays ends a speech with an empty line
 
 
 def main(path: Path, stop: list[str] | None, unknown: str, device: str, precision: str, config: SampleConfig) -> int:
     """Read lines until the input ends, writing a continuation after each -> exit code."""
+    check_stops(stop or [])
     loaded = open_model(path, device, precision, unknown)
+    limits(loaded, [], config)  # an alphabet that the model has not is refused before the first line
     stops = stop if stop else [PARAGRAPH]
     history, turn = "", 0
     print(f"{path}: {loaded.provenance.get('step', '?')} steps; your line is continued; an empty line or Ctrl-D ends")
@@ -24,7 +26,7 @@ def main(path: Path, stop: list[str] | None, unknown: str, device: str, precisio
             return 0
         history += line + "\n"
         try:
-            ids = encode_prompt(loaded.tokenizer, history)
+            ids = loaded.tokenizer.encode_prompt(history)
         except InputError as error:
             print(f"  {error}")
             continue
@@ -39,6 +41,10 @@ def ask() -> str:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input: byte 0x{error.object[error.start]:02x} is not UTF-8; write in UTF-8"
+        ) from None
 
 
 def show(piece: str) -> None:

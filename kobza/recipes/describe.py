@@ -10,17 +10,25 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from kobza.config import InputError, RunConfig, load_toml, nearest, preset, preset_names, run_from_dict
+from kobza.config import InputError, ModelConfig, RunConfig, load_toml, nearest, preset, preset_names, run_from_dict
 from kobza.describe.equations import Equation, equations
 from kobza.describe.parts import inference_bytes, parts, total_parameters, training_bytes
 
-CHARACTERS = 65  # of the default text; what vocab_size 0 is shown as
+CHARACTERS = 65  # of the default text
+ENCODED = {
+    "byte": 256,
+    "gpt2": 50_257,
+    "r50k_base": 50_257,
+    "p50k_base": 50_281,
+    "cl100k_base": 100_277,
+    "o200k_base": 200_019,
+}
 
 
 def main(what: str, as_json: bool) -> int:
     """Print the parts, the equations and the module tree -> exit code."""
     config = find_config(what)
-    model = config.model if config.model.vocab_size else replace(config.model, vocab_size=CHARACTERS)
+    model = with_vocabulary(config)
     rows, total = parts(model), total_parameters(model)
     memory = {
         "training_bytes": training_bytes(model, config.train.micro_batch),
@@ -56,9 +64,12 @@ def main(what: str, as_json: bool) -> int:
         losses = f"{best['val_loss']:.4f} nats a token, {best['val_bpb']:.4f} bits a byte"
         print(f"losses     validation {losses} at step {best['step']:,}")
     print()
-    from kobza.model import GPT  # here: the table itself needs no torch
+    import torch  # here: the table itself needs none
 
-    print(GPT(model))
+    from kobza.model import GPT
+
+    with torch.device("meta"):  # the tree alone: a model beyond this machine's memory can be described too
+        print(GPT(model))
     return 0
 
 
@@ -85,14 +96,20 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
+def with_vocabulary(config: RunConfig) -> ModelConfig:
+    """The model with the vocabulary that its tokenizer will have; of characters, as many as the default text has."""
+    size = config.model.vocab_size or config.data.vocab_size or ENCODED.get(config.data.tokenizer, CHARACTERS)
+    return replace(config.model, vocab_size=size)
+
+
 def best_losses(what: str) -> dict[str, float] | None:
     """The best evaluation of a run: step, val_loss in nats a token, val_bpb in bits a byte. None for what is no run."""
     path = Path(what) / "metrics.jsonl"
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    whole = [line for line in lines if line.endswith("}")]  # one may be half written
-    records = [json.loads(line) for line in whole if '"val_bpb"' in line]
+    from kobza.report.metrics import is_finite, read_metrics  # here: it needs numpy, the table does not
+
+    records = [record for record in read_metrics(path) if is_finite(record.get("val_bpb"))]
     best = min(records, key=lambda record: record["val_loss"], default=None)
     return best and {key: best[key] for key in ("step", "val_loss", "val_bpb")}
 
@@ -118,10 +135,10 @@ def list_presets(as_json: bool) -> int:
     rows = []
     for name in preset_names():
         config = run_from_dict(preset(name), name)
-        model = replace(config.model, vocab_size=config.model.vocab_size or CHARACTERS)
-        c = config.train
-        tokens = c.steps * c.micro_batch * c.accumulate * model.max_seq_len
-        rows.append({"name": name, "parameters": total_parameters(model), "steps": c.steps, "tokens": tokens})
+        model = with_vocabulary(config)
+        steps = config.train.steps
+        sizes = {"parameters": total_parameters(model), "steps": steps, "tokens": steps * config.batch_tokens}
+        rows.append({"name": name} | sizes)
     if as_json:
         print(json.dumps({"presets": rows}))
         return 0

@@ -15,9 +15,10 @@ from kobza.config import require
 from kobza.device import make_runtime, memory_error
 from kobza.evals.evaluation import Evaluation, How, Subject, as_dict, evaluate, make_subject, plain, progress
 from kobza.evals.picture import write_picture
-from kobza.evals.stats import FEWEST_UNITS
+from kobza.evals.stats import FEWEST_UNITS, scipy_stats
 from kobza.evals.tables import checkpoint_table, evaluation_tables, task_table
 from kobza.evals.tasks import Judged, accuracy, judge, read_tasks
+from kobza.recipes.generate import check_samples
 
 
 def main(
@@ -43,8 +44,11 @@ def main(
     require(1 <= stride <= size, f"--stride is {stride}; it must be between 1 and max_seq_len {size}")
     require(how.samples >= FEWEST_UNITS, f"--samples is {how.samples}; an interval needs at least {FEWEST_UNITS}")
     require(how.sample_tokens > 0, f"--sample-tokens is {how.sample_tokens}; it must be at least 1")
-    require(how.seed >= 0, f"--seed is {how.seed}; it must not be negative")
+    require(0 <= how.seed < 2**63, f"--seed is {how.seed}; it must be in [0, 2**63)")
     wanted = bool(text) or items is None
+    if wanted:
+        check_samples(first, how.samples)
+    scipy_stats()  # absent, it is said before the work rather than after
     subject = make_subject(path, text, text_field, first.tokenizer, how.most) if wanted else None
     rows: list[dict[str, Any]] = []
     evaluations: list[Evaluation] = []

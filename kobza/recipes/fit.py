@@ -23,16 +23,16 @@ LEAST = 2000  # characters
 def main(text: str | None, what: str, names: str | None, vocab_size: int, as_json: bool) -> int:
     """Print how tokenizers suit the text (default: Shakespeare) and the model of a preset, a run or a TOML file -> exit code."""
     require(names is not None or not vocab_size, f"--vocab-size {vocab_size} has no effect with --fit: it tries sizes")
+    wanted = [] if names is None else named(names, vocab_size)
     whole, run = read_text(text if text is not None else str(default_text()[0])), find_config(what)
     require(len(whole) >= LEAST, f"the text has {len(whole):,} characters; a tokenizer is judged by {LEAST:,} or more")
-    c, val = run.train, run.data.val_fraction
-    budget = c.steps * c.micro_batch * c.accumulate * run.model.max_seq_len
+    val, budget = run.data.val_fraction, run.train.steps * run.batch_tokens
     tried = candidates(whole, val)
     sound = [one for one in tried if not warnings(fit_of(one, run))] or tried
     best = min(sound, key=lambda one: one.bits_per_byte(budget))
     in_time = min(sound, key=lambda one: one.bits_per_byte(budget * flops(run, best) / flops(run, one)))
     n_tried = len(tried)
-    for name in named(names, vocab_size) if names else ():
+    for name in wanted:
         tried.append(candidate(name, tokenizer_for(name, whole, vocab_size), whole, val))
     bits, fits = [one.bits_per_byte(budget) for one in tried], [fit_of(one, run) for one in tried]
     remarks = [
@@ -48,8 +48,8 @@ def main(text: str | None, what: str, names: str | None, vocab_size: int, as_jso
         return 0
     console = Console(highlight=False)
     console.soft_wrap = not console.is_terminal
-    console.print(f"text      {len(whole):,} characters; {budget:,} tokens are read in {c.steps:,} steps of {escape(what)}, "
-                  f"width {run.model.n_embd}")  # fmt: skip
+    console.print(f"text      {len(whole):,} characters; {budget:,} tokens are read in {run.train.steps:,} steps of "
+                  f"{escape(what)}, width {run.model.n_embd}")  # fmt: skip
     console.print(fit_table(tried, bits, fits, best))
     console.print(f"best at equal steps  {best.option}\n     at equal time   {in_time.option}")
     for line in remarks:

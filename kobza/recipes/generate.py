@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kobza.checkpoint import Loaded, load_checkpoint
-from kobza.config import SampleConfig, require
-from kobza.device import make_runtime, memory_error
+from kobza.config import InputError, SampleConfig, require
+from kobza.describe.parts import inference_bytes
+from kobza.device import free_memory, make_runtime, memory_error
 from kobza.generate import Processor, generate
 from kobza.kernels import packed
 from kobza.model import n_parameters
@@ -22,6 +23,7 @@ from kobza.tokenizer import StreamDecoder, Tokenizer
 from kobza.tokens.alphabet import restrict
 
 CACHE_BYTES = 32 << 20  # float32 weights up to here stay in a processor's cache, and packing them gains nothing
+TEXT_BYTES = 2000  # of a text that grows: its decoder, its ids, its draws
 CANDIDATES = 5  # shown at each step by --show-probabilities
 
 
@@ -39,9 +41,11 @@ def main(
 ) -> int:
     """Print `samples` continuations of the prompt -> exit code."""
     require(samples > 0, f"--samples is {samples}; it must be at least 1")
+    check_stops(stops)
     loaded = open_model(path, device, precision, unknown)
-    prompt = loaded.tokenizer.line_start() if prompt is None else sys.stdin.read() if prompt == "-" else prompt
-    ids = encode_prompt(loaded.tokenizer, prompt)
+    prompt = loaded.tokenizer.line_start() if prompt is None else read_prompt() if prompt == "-" else prompt
+    ids = loaded.tokenizer.encode_prompt(prompt)
+    limits(loaded, ids, config)  # refused before anything is printed
     if show_probabilities or as_json:
         return detailed(loaded, prompt, ids, samples, stops, show_probabilities, as_json, config)
     with memory_error(samples, loaded.run.model.max_seq_len):
@@ -50,6 +54,7 @@ def main(
             write_text(loaded, ids, stops, config, lambda piece: print(piece, end="", flush=True))
             print()
         else:
+            check_samples(loaded, samples)
             for i, text in enumerate(write_texts(loaded, ids, samples, stops, config)):
                 print(f"{'' if i == 0 else chr(10)}--- sample {i + 1}, seed {config.seed + i}\n{prompt}{text}")
     return 0
@@ -70,11 +75,30 @@ def open_model(path: Path, device: str, precision: str, unknown: str | None) -> 
     return loaded
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt; a beginning token stands first where the model was trained with one."""
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt).tolist()
-    require(bool(ids), "the prompt is empty; give --prompt at least one character of the vocabulary")
-    return ids
+def read_prompt() -> str:
+    """The prompt on standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input: byte 0x{error.object[error.start]:02x} is not UTF-8; write in UTF-8"
+        ) from None
+
+
+def check_stops(stops: list[str]) -> None:
+    """Refuse a stop string without characters."""
+    require("" not in stops, "--stop '' has no effect: it stands everywhere; leave it out or name a string")
+
+
+def check_samples(loaded: Loaded, samples: int) -> None:
+    """Refuse, with the numbers, more texts side by side than fit into memory."""
+    model, free = loaded.run.model, free_memory(next(loaded.model.parameters()).device)
+    need = inference_bytes(model, samples) - inference_bytes(model, 0) + samples * (4 * model.n_rows + TEXT_BYTES)
+    require(
+        free is None or need <= free,
+        f"out of memory: --samples {samples} side by side take {need / 1e9:.1f} GB and {(free or 0) / 1e9:.1f} GB are free; "
+        f"lower --samples",
+    )
 
 
 def limits(loaded: Loaded, ids: list[int], config: SampleConfig) -> list[Processor]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kobza.config import require
 from kobza.lab.design import Design, find_design, read_design
+from kobza.lab.report import read_result
 from kobza.lab.statistics import extra
 from kobza.recipes.lab_report import show
 
@@ -61,7 +62,7 @@ def work_off(designs: list[Design], out: Path, jobs: int, device: str, console: 
     """Plan all designs, then do their open runs -> the designs' folders. Runs that must be alone come last."""
     from kobza.lab.plan import make_plan
     from kobza.lab.runner import n_cores, run_trials
-    from kobza.lab.store import read_result, write_design
+    from kobza.lab.store import write_design
     from kobza.recipes import trial as one
 
     folders, shared, alone = [], {}, {}

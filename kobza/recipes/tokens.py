@@ -17,7 +17,6 @@ from kobza.tokenizer import CharTokenizer, Tokenizer, train_tokenizer
 from kobza.tokens.compare import Split, rows
 
 MOST_CHARACTERS = 8_000_000  # of a text that are looked at: some ten seconds
-DEFAULT_BPE = 4096  # as in training
 
 
 def main(text: str, names: str | None, vocab_size: int, first: int, as_json: bool) -> int:
@@ -78,7 +77,7 @@ def read_text(text: str) -> str:
 def tokenizer_for(name: str, text: str, vocab_size: int) -> Tokenizer:
     """A tokenizer by name; char, byte and bpe are learned from the text. A run's characters skip what they do not know."""
     if name in LEARNED:
-        config = DataConfig(tokenizer=name, vocab_size=(vocab_size or DEFAULT_BPE) if name == "bpe" else 0)
+        config = DataConfig(tokenizer=name, vocab_size=vocab_size * (name == "bpe"))
         return train_tokenizer([text], config, [])
     found = find_tokenizer(name)
     assert found is not None

@@ -21,7 +21,7 @@ from torch import nn
 
 from kobza.checkpoint import list_checkpoints, read_best
 from kobza.config import RunConfig, TrainConfig, require
-from kobza.data import Batches, bytes_per_token, eval_batches, overlap
+from kobza.data import Batches, Tokens, bytes_per_token, eval_batches, overlap
 from kobza.describe.parts import training_bytes
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
 from kobza.doctor.blackbox import record_failure, refuse_spoiled
@@ -48,11 +48,12 @@ from kobza.run import (
 )
 from kobza.surgery import compute_in_float32, freeze
 from kobza.tokens.advisor import run_warnings
-from kobza.train import NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
+from kobza.train import Batch, NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
 
 EVAL_TOKENS = 200_000  # train.eval_tokens 0: enough that the loss of a window is known to about 0.003 nats
 EVAL_BATCH_TOKENS = 4096  # without a backward pass there is room for more rows, and a CPU is quicker with them
 EVAL_BATCH_LOGITS = 1 << 27  # half a gigabyte: with a vocabulary of 200,000 it is the logits that fill the room
+WINDOW_BYTES = 16  # of a token in a batch: input and target, int64
 COMPILE_SECONDS = 60  # what torch.compile takes on a GPU machine before the first step
 
 
@@ -90,33 +91,22 @@ def main(
 
 def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json: bool) -> int:
     """Train an opened run to its end -> exit code."""
-    config, seq_len, device = run.config.train, run.config.model.max_seq_len, runtime.device
-    torch.manual_seed(run.config.seed)  # dropout
-    model, network, kernels = make_model(run.config, runtime, fresh=not list_checkpoints(run.out))
-    batches = Batches(run.corpus.train, config.micro_batch, seq_len, run.config.seed, device)
-    scaler = torch.amp.GradScaler(device.type) if runtime.precision == "fp16" else None
-    optimizers = make_optimizers(model, config, runtime.compute_dtype)
-    training = Training(model, optimizers, batches, scaler, Standing(), device)
+    config, device = run.config.train, runtime.device
+    training, network, kernels = make_training(run.config, run.corpus.train, runtime, not list_checkpoints(run.out))
     restore_training(run, training)
-    standing = training.standing
+    model, standing = training.model, training.standing
     loss_fn = make_loss(config, run.config.model.n_ahead, runtime.compute_dtype)
     plain_loss = next_token_loss(runtime.compute_dtype)  # of every evaluation, so that objectives compare
-    rows = eval_rows(run.config)
-    held_out = eval_batches(run.corpus.val, rows, seq_len, config.eval_tokens or EVAL_TOKENS, device)
+    held_out = evaluation_batches(run.config, run.corpus.val, config.eval_tokens or EVAL_TOKENS, device)
     val_bytes = bytes_per_token(run.corpus.val, run.tokenizer)
     metrics = MetricsLog(run.out / "metrics.jsonl", standing.step)
     commentator = Commentator(run, model, console, metrics.records)
-    where = f"{runtime.precision}{kernels and ', '}{kernels} on {device_name(device)}"
-    commentator.introduce(where, overlap(run.corpus.train, run.corpus.val), standing.step)
-    commentator.warn(run_warnings(run, commentator.facts.n_params))
-    if not is_plain(config, run.config.model.n_ahead):
-        console.print(
-            "          the train loss is of another objective than the validation loss: do not compare the two\n"
-        )
+    introduce(run, runtime, commentator, kernels, standing.step)
     flops, peak = training_flops_per_token(model), peak_flops(device)
     line = ProgressLine(console, config.steps, standing.step)
     rng = partial(rng_state, device)
-    steps = train(network, training.optimizers, batches, config, loss_fn, standing.step, scaler, rng)
+    optimizers, scaler = training.optimizers, training.scaler
+    steps = train(network, optimizers, training.batches, config, loss_fn, standing.step, scaler, rng)
     outcome, val, before, began = "done", None, standing.seconds, time.perf_counter()
     with Interrupt() as interrupt:
         try:
@@ -156,6 +146,21 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
         go_on = f"kobza train --resume --out {shlex.quote(str(run.out))}"
         console.print(f"interrupted at step {standing.step}; saved. Go on: {go_on}", markup=False, soft_wrap=True)
         return 130
+    return finish(run, standing, outcome, commentator, as_json)
+
+
+def introduce(run: Run, runtime: Runtime, commentator: Commentator, kernels: str, first_step: int) -> None:
+    """Say what is trained on what, and what is wrong before the first step."""
+    where = f"{runtime.precision}{kernels and ', '}{kernels} on {device_name(runtime.device)}"
+    commentator.introduce(where, overlap(run.corpus.train, run.corpus.val), first_step)
+    commentator.warn(run_warnings(run, commentator.facts.n_params))
+    if not is_plain(run.config.train, run.config.model.n_ahead):
+        other = "          the train loss is of another objective than the validation loss: do not compare the two\n"
+        commentator.console.print(other)
+
+
+def finish(run: Run, standing: Standing, outcome: str, commentator: Commentator, as_json: bool) -> int:
+    """Draw the run's pictures and say what was reached -> exit code."""
     picture, page = draw(run, read_records(run.out), commentator.landmarks, commentator.facts)
     best = read_best(run.out) or {"step": standing.step, "val_loss": None}
     commentator.conclude(outcome, best, standing.seconds, picture, page)
@@ -168,7 +173,15 @@ def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json:
 def check_memory(config: RunConfig, runtime: Runtime) -> None:
     """Refuse, with the numbers, a model whose weights and optimizer alone cannot fit, before anything is allocated."""
     model, free = config.model, free_memory(runtime.device)
+    if not model.vocab_size:
+        model = replace(model, vocab_size=1)  # known later; padding alone may be too much
     least, most = training_bytes(model, 0), training_bytes(model, config.train.micro_batch)
+    batch = config.train.micro_batch * model.max_seq_len
+    require(
+        free is None or batch * (WINDOW_BYTES + 4 * model.n_embd) <= free,
+        f"out of memory: train.micro_batch {config.train.micro_batch} of {model.max_seq_len} tokens does not fit into the "
+        f"{(free or 0) / 1e9:.1f} GB that are free; lower train.micro_batch, and raise train.accumulate instead",
+    )
     require(
         free is None or least <= free,
         f"out of memory: weights, gradients and optimizer take {least / 1e9:.1f} GB (up to {most / 1e9:.1f} with "
@@ -177,10 +190,23 @@ def check_memory(config: RunConfig, runtime: Runtime) -> None:
     )
 
 
-def eval_rows(config: RunConfig) -> int:
-    """Sequences in one batch of an evaluation."""
-    tokens = min(EVAL_BATCH_TOKENS, EVAL_BATCH_LOGITS // max(1, config.model.vocab_size))
-    return max(config.train.micro_batch, tokens // config.model.max_seq_len)
+def evaluation_batches(config: RunConfig, text: Tokens, most_tokens: int, device: torch.device) -> list[Batch]:
+    """The first windows of a text in batches that fill the room which an evaluation has."""
+    seq_len, tokens = config.model.max_seq_len, min(EVAL_BATCH_TOKENS, EVAL_BATCH_LOGITS // config.model.vocab_size)
+    return eval_batches(text, max(config.train.micro_batch, tokens // seq_len), seq_len, most_tokens, device)
+
+
+def make_training(
+    config: RunConfig, text: Tokens, runtime: Runtime, fresh: bool = True
+) -> tuple[Training, nn.Module, str]:
+    """A training before its first step, the form of its model that computes, and a word on that form. `fresh`: see make_model."""
+    torch.manual_seed(config.seed)  # dropout
+    model, network, kernels = make_model(config, runtime, fresh)
+    seq_len, device = config.model.max_seq_len, runtime.device
+    batches = Batches(text, config.train.micro_batch, seq_len, config.seed, device)
+    scaler = torch.amp.GradScaler(device.type) if runtime.precision == "fp16" else None
+    optimizers = make_optimizers(model, config.train, runtime.compute_dtype)
+    return Training(model, optimizers, batches, scaler, Standing(), device), network, kernels
 
 
 def make_model(config: RunConfig, runtime: Runtime, fresh: bool = True) -> tuple[GPT, nn.Module, str]:
@@ -197,7 +223,7 @@ def make_model(config: RunConfig, runtime: Runtime, fresh: bool = True) -> tuple
     wide = compute_in_float32(model, train.fp32_parts) if train.fp32_parts else []
     if wide:
         torch.set_float32_matmul_precision("highest")  # float32, not TF32
-    if compile_pays(train, runtime, model):
+    if compile_pays(config, runtime, model):
         return model, torch.compile(model), "compiled"  # type: ignore[return-value]
     fits = train.kernels == "auto" and runtime.device.type == "cpu" and fused_blocks.supports(model.config)
     if fits and any(name.startswith("blocks") for name in wide):
@@ -222,16 +248,15 @@ def check_parts(config: RunConfig, runtime: Runtime) -> None:
         compute_in_float32(skeleton, train.fp32_parts)
 
 
-def compile_pays(config: TrainConfig, runtime: Runtime, model: GPT) -> bool:
+def compile_pays(config: RunConfig, runtime: Runtime, model: GPT) -> bool:
     """Whether torch.compile earns its start-up: on a known GPU with minutes of work ahead. On a CPU it takes longer than
     the runs that people make there, so it has to be asked for."""
-    peak = peak_flops(runtime.device)
+    train, peak = config.train, peak_flops(runtime.device)
     if model.config.n_ahead > 1:  # their loss calls the parts of the model, not the whole that is compiled
         return False
-    if config.compile != "auto" or peak is None:
-        return config.compile == "on"
-    tokens = config.steps * config.micro_batch * config.accumulate * model.config.max_seq_len
-    return tokens * training_flops_per_token(model) / (0.25 * peak) > 2 * COMPILE_SECONDS
+    if train.compile != "auto" or peak is None:
+        return train.compile == "on"
+    return train.steps * config.batch_tokens * training_flops_per_token(model) / (0.25 * peak) > 2 * COMPILE_SECONDS
 
 
 class Interrupt:

@@ -21,18 +21,17 @@ from torch import nn
 
 import kobza
 from kobza.config import DataConfig, RunConfig, require, run_from_dict
-from kobza.data import Batches, Tokens, eval_batches
+from kobza.data import Tokens
 from kobza.device import Runtime, device_name, make_runtime, memory_error
 from kobza.hub.encodings import find_tokenizer
 from kobza.hub.shakespeare import default_text
 from kobza.lab.store import Trial, load_tokens, source_digest
 from kobza.loss import make_loss
-from kobza.model import GPT, n_parameters
-from kobza.optim import make_optimizers
-from kobza.recipes.train import check_parts, eval_rows, make_model
-from kobza.run import given_embeddings
+from kobza.model import n_parameters
+from kobza.recipes.train import check_parts, evaluation_batches, make_training
+from kobza.run import Training, given_embeddings
 from kobza.tokenizer import Tokenizer
-from kobza.train import NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
+from kobza.train import Batch, NonFinite, Step, bits_per_byte, evaluate, next_token_loss, train
 
 CALIBRATION_STEPS = 3  # left out at the start: memory is fetched and torch's kernels chosen
 CALIBRATION_SECONDS = 2.0
@@ -45,20 +44,17 @@ class Bench:
 
     config: RunConfig
     runtime: Runtime
-    model: GPT
+    training: Training
     network: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    batches: Batches
-    scaler: Any
     kernels: str
-    held_out: list[Any]
+    held_out: list[Batch]
     bytes_per_target: float
 
     def steps(self) -> Iterator[Step]:
         """Train on whatever the arm minimises."""
-        config, dtype = self.config, self.runtime.compute_dtype
-        loss_fn = make_loss(config.train, config.model.n_ahead, dtype)
-        return train(self.network, self.optimizers, self.batches, config.train, loss_fn, 0, self.scaler)
+        config, training = self.config, self.training
+        loss_fn = make_loss(config.train, config.model.n_ahead, self.runtime.compute_dtype)
+        return train(self.network, training.optimizers, training.batches, config.train, loss_fn, 0, training.scaler)
 
     def judge(self) -> float:
         """The plain loss on the held-out windows."""
@@ -72,8 +68,8 @@ def trial(given: Trial) -> dict[str, Any]:
         bench = set_up(config, given)
         result = follow(bench.steps(), bench, places(config.train.steps, given.evaluations))
     result |= {"hash": given.hash, "seed": given.seed, "steps": config.train.steps, "kernels": bench.kernels}
-    result |= {"parameters": n_parameters(bench.model), "flops": given.flops, "precision": bench.runtime.precision}
-    result |= {"eval_bytes": given.eval_bytes, "kobza": kobza.__version__, "torch": torch.__version__}
+    result |= {"parameters": n_parameters(bench.training.model), "flops": given.flops, "eval_bytes": given.eval_bytes}
+    result |= {"precision": bench.runtime.precision, "kobza": kobza.__version__, "torch": torch.__version__}
     result |= {"source": source_digest(), "device": device_name(bench.runtime.device), "machine": platform.platform()}
     return result | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
 
@@ -81,18 +77,13 @@ def trial(given: Trial) -> dict[str, Any]:
 def set_up(config: RunConfig, given: Trial) -> Bench:
     """Model, optimizers, batches and held-out windows, as kobza train makes them."""
     runtime = make_runtime(given.device, config.train.precision)
-    device, seq_len = runtime.device, config.model.max_seq_len
     corpus, tokenizer = load_tokens(given.tokens, config)
-    torch.manual_seed(config.seed)  # dropout
-    model, network, kernels = make_model(config, runtime)
-    batches = Batches(corpus.train, config.train.micro_batch, seq_len, config.seed, device)
-    scaler = torch.amp.GradScaler(device.type) if runtime.precision == "fp16" else None
-    optimizers = make_optimizers(model, config.train, runtime.compute_dtype)
+    training, network, kernels = make_training(config, corpus.train, runtime)
     tail = last_bytes(corpus.val, tokenizer, given.eval_bytes, given.label)
-    held_out = eval_batches(tail, eval_rows(config), seq_len, len(tail), device)
+    held_out = evaluation_batches(config, tail, len(tail), runtime.device)
     targets = np.concatenate([batch[1].cpu().numpy().ravel() for batch in held_out])
     bytes_per_target = float(tokenizer.piece_bytes[targets].mean())
-    return Bench(config, runtime, model, network, optimizers, batches, scaler, kernels, held_out, bytes_per_target)
+    return Bench(config, runtime, training, network, kernels, held_out, bytes_per_target)
 
 
 def last_bytes(val: Tokens, tokenizer: Tokenizer, n_bytes: int, label: str) -> Tokens:

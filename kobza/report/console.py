@@ -69,7 +69,7 @@ class Commentator:
         )
         say(f"model     {self.facts.n_params:,} parameters: {count(c.model.n_layer, 'layer')} of {c.model.n_embd}, "
             f"{count(c.model.n_head, 'head')}, context {c.model.max_seq_len}")  # fmt: skip
-        tokens = c.train.steps * c.train.micro_batch * c.train.accumulate * c.model.max_seq_len
+        tokens = c.train.steps * c.batch_tokens
         epochs = tokens / len(self.run.corpus.train)
         times = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2f}"
         say(f"training  {c.train.steps:,} steps, {tokens:,} tokens ({times} times the text), {where}")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from kobza.config import InputError
+
 Record = dict[str, Any]  # a line of metrics.jsonl: "step" and whatever numbers were measured at it
 
 
@@ -16,11 +18,11 @@ def read_metrics(path: str | Path) -> list[Record]:
     """A `metrics.jsonl` -> its records, a list of dicts in order of step.
 
     A last line cut short (the run was killed while writing) is left out. A resumed run writes some steps again:
-    the later writing counts. Anything else that is not a record is a ValueError with the line's number.
+    the later writing counts. Anything else that is not a record is an InputError with the line's number.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no metrics at {path}; give the directory of a run that has trained at least one step")
+        raise InputError(f"no metrics at {path}; give the directory of a run that has trained at least one step")
     *lines, tail = path.read_bytes().split(b"\n")  # tail is empty when the last line was written whole
     records = []
     for number, line in enumerate(lines, start=1):
@@ -63,14 +65,14 @@ def parse_record(line: bytes, path: Path, number: int) -> Record:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{where} is not JSON: {shown!r}; delete the line, or copy the file again if it was cut in transfer"
         ) from error
     if not isinstance(record, dict) or type(record.get("step")) is not int:
-        raise ValueError(f'{where} has no whole-number "step": {shown!r}; delete the line or give it its step')
+        raise InputError(f'{where} has no whole-number "step": {shown!r}; delete the line or give it its step')
     wrong = [k for k, v in record.items() if v is not None and not is_number(v)]
     if wrong:
-        raise ValueError(f'{where}: "{wrong[0]}" is {record[wrong[0]]!r}, not a number; mend or delete the line')
+        raise InputError(f'{where}: "{wrong[0]}" is {record[wrong[0]]!r}, not a number; mend or delete the line')
     return record
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from kobza.config import flatten
 from kobza.report.coach import Facts, meaning, remarks
 from kobza.report.landmarks import Landmarks
 from kobza.report.metrics import Record, is_finite, series
@@ -145,11 +145,11 @@ def write_report(
     facts: Facts,
     samples: list[dict[str, Any]],
     title: str,
-    config: Mapping[str, Any],
+    config: dict[str, Any],
 ) -> Path:
     """What a run left -> the path of `report.html`, written into run_dir, whole or not at all.
 
-    samples are dicts with `step` and `text`; config is a mapping, nested ones are shown as `train.lr`.
+    samples are dicts with `step` and `text`; config is a dict, nested ones are shown as `train.lr`.
     """
     path = Path(run_dir) / "report.html"
     html = render(records, landmarks, facts, samples, title, config)
@@ -165,7 +165,7 @@ def render(
     facts: Facts,
     samples: list[dict[str, Any]],
     title: str,
-    config: Mapping[str, Any],
+    config: dict[str, Any],
 ) -> str:
     """What a run left -> the page as HTML text."""
     best = best_loss(records)
@@ -182,7 +182,7 @@ def render(
         columns=list(COLUMNS),
         evaluations=evaluation_rows(records),
         samples=[{"step": f"{s['step']:,}", "text": printable(s["text"])} for s in samples],
-        config=[(printable(name), printable(value)) for name, value in flatten(config)],
+        config=[(printable(name), printable(value)) for name, value in flatten(config).items()],
     )
 
 
@@ -250,15 +250,6 @@ def cells(record: Record) -> list[str]:
     if is_finite(record.get("seconds")):
         record = {**record, "minutes": record["seconds"] / 60}
     return [form.format(record[key]) if is_finite(record.get(key)) else "" for key, form in COLUMNS.values()]
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """A nested mapping -> (dotted name, value) pairs. `flatten({"train": {"lr": 1}}) -> [("train.lr", 1)]`"""
-    pairs = []
-    for name, value in config.items():
-        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-        pairs.extend(inner)
-    return pairs
 
 
 def flags(text: str) -> Markup:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kobza.config import InputError, require, to_dict
+from kobza.config import require, to_dict
 from kobza.report.coach import Facts
 from kobza.report.landmarks import Landmarks
 from kobza.report.metrics import Record, read_metrics
@@ -26,10 +26,7 @@ def draw(run: Run, records: list[Record], landmarks: Landmarks, facts: Facts) ->
 
 def read_records(out: Path) -> list[Record]:
     """The records of a run that has made a step."""
-    try:
-        records = read_metrics(out / "metrics.jsonl")
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    records = read_metrics(out / "metrics.jsonl")
     require(bool(records), f"{out / 'metrics.jsonl'}: no record of a step; the run has not made one yet")
     return records
 

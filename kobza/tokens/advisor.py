@@ -34,6 +34,7 @@ import numpy as np
 from kobza.config import DataConfig, ModelConfig, require
 from kobza.run import Run
 from kobza.tokenizer import Tokenizer, train_tokenizer
+from kobza.train import bits_per_byte
 
 LOOK_AT_TOKENS = 2_000_000  # pairs are counted over the first so many
 LOOK_AT_CHARACTERS = 2_000_000  # of a text, for a recommendation: some twenty seconds
@@ -140,7 +141,8 @@ class Candidate:
         if n not in self._known:
             val = self.ids[self.n_train :]
             mean_bytes = float(self.tokenizer.piece_bytes[val].mean())
-            self._known[n] = trigram_loss(self.ids[:n], val, self.tokenizer.vocab_size) / mean_bytes / math.log(2)
+            loss = trigram_loss(self.ids[:n], val, self.tokenizer.vocab_size)
+            self._known[n] = bits_per_byte(loss, mean_bytes)
         return self._known[n]
 
 
