@@ -1,8 +1,10 @@
 """The lab without its runs: designs, matched budgets, names of runs, statistics against SciPy and statsmodels and on noise."""
 
+import json
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from statsmodels.stats.power import TTestPower
 
 from kobza.config import InputError
 from kobza.lab.budget import cost, match_parameters, match_steps
+from kobza.lab.debates import summarise
 from kobza.lab.design import DESIGNS, Arm, Budget, arms_of, find_design, read_design
 from kobza.lab.plan import seeds_of
 from kobza.lab.statistics import (
@@ -407,3 +410,16 @@ def test_a_trend_over_sizes_is_found_with_its_sign():
     grows = trend("arm", [(p, 0.5 - d) for p, d in points], 0.05, "nats")
     assert grows.verdict.startswith("the loss shrinks")
     assert trend("arm", points[:6], 0.05, "nats") is None
+
+
+def test_the_page_of_debates_is_generated_from_its_results():
+    docs = Path(__file__).parent.parent / "docs"
+    contents = json.loads((docs / "debates" / "results.json").read_text(encoding="utf-8"))
+    assert len(contents) >= 14 and all(content["comparisons"] for content in contents)
+    assert summarise(contents) == (docs / "debates.md").read_text(encoding="utf-8")
+
+
+def test_every_design_of_the_debates_is_valid():
+    for path in sorted((Path(__file__).parent.parent / "docs" / "debates").glob("*.toml")):
+        if path.stem != "base":
+            assert len(arms_of(read_design(path))) >= 2
