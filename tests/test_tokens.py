@@ -21,7 +21,16 @@ from kobza.describe.parts import total_parameters
 from kobza.model import build, n_parameters
 from kobza.recipes.tokens import pieces_table
 from kobza.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer
-from kobza.tokens.advisor import Fit, candidates, embedding_share, measure_fit, thumb, trigram_loss, warnings
+from kobza.tokens.advisor import (
+    MIN_ROW_TOKENS,
+    Fit,
+    candidates,
+    embedding_share,
+    measure_fit,
+    thumb,
+    trigram_loss,
+    warnings,
+)
 from kobza.tokens.compare import Split, rows, visible
 from kobza.tokens.scripts import PART, SCRIPTS, clusters, piece_script, script_of
 
@@ -220,7 +229,7 @@ def test_text_without_words_is_best_in_characters_and_words_are_best_whole():
 
 def test_a_row_of_a_candidate_has_its_tokens_and_a_small_budget_costs_bits():
     found = candidates(verse(60_000), 0.1)
-    assert all(one.n_train >= 34 * one.tokenizer.vocab_size for one in found[2:])
+    assert all(one.n_train >= MIN_ROW_TOKENS * one.tokenizer.vocab_size for one in found[2:])
     assert [one.option for one in found[:2]] == ["--tokenizer byte", "--tokenizer char"]
     assert all(one.bits_per_byte(500) > one.bits_per_byte(10**6) == one.bits_per_byte(10**7) for one in found)
 
