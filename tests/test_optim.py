@@ -449,3 +449,15 @@ for optimizer in {OPTIMIZERS}:
 assert 'torch._dynamo' not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_skeleton_is_built_where_no_part_is_named(monkeypatch):
+    """On the meta device torch imports the compiler, 1.4 s before the first step of every run."""
+    from kobza.config import RunConfig
+    from kobza.device import make_runtime
+    from kobza.recipes import train as recipe
+
+    monkeypatch.setattr(recipe, "GPT", None)
+    recipe.check_parts(RunConfig(), make_runtime("cpu", "fp32"))
+    with pytest.raises(TypeError):
+        recipe.check_parts(RunConfig(train=TrainConfig(freeze="embed")), make_runtime("cpu", "fp32"))

@@ -240,6 +240,8 @@ def check_parts(config: RunConfig, runtime: Runtime) -> None:
     require(
         not idle, f"train.fp32_parts has no effect: precision here is {runtime.precision}; leave it out or take bf16"
     )
+    if not (train.freeze or train.fp32_parts):
+        return  # without a skeleton: torch makes one with the compiler's machinery, a second that nobody has
     with torch.device("meta"):
         skeleton = GPT(replace(config.model, vocab_size=config.model.vocab_size or 1))
     if train.freeze:
