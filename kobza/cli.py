@@ -408,7 +408,7 @@ class Presets:
         """Called by cyclopts after argv is read and before the defaults; fills what argv left open."""
         given = {a.name: a.tokens[0].value or "true" for a in arguments if a.tokens and a.name.startswith("--")}
         for values, source in self.sources(given) if commands == ("train",) else ():
-            self.fill(arguments, self.flatten(self.fitting(values, arguments, source), source), source)
+            self.fill(arguments, self.flatten(self.fitting(values, arguments, source)), source)
         options = [argument.name for argument in arguments]
         for argument in arguments:
             for token in argument.tokens:
@@ -418,13 +418,13 @@ class Presets:
                     check_text(token.value, options, " ".join(commands))
 
     def fitting(self, values: dict[str, Any], arguments: Any, source: str) -> dict[str, Any]:
-        """The values less those that stronger settings leave without effect: with --model.norm none a preset's norm_weight.
+        """The values, checked, less those that stronger settings leave idle: with --model.norm none a preset's norm_weight.
         Where a value is of the wrong type, all stay: it is refused under its option's name later."""
         check_sections(values, source)
         values = upgraded(values)
-        for section in [name for name in EFFECTS if name in values]:
+        for section in [name for name in SECTIONS if name in values]:
             check_keys(SECTIONS[section], values[section], f"{source} [{section}]")
-            if not has_types(SECTIONS[section], values[section]):
+            if section not in EFFECTS or not has_types(SECTIONS[section], values[section]):
                 continue
             options = {f"--{section}.{f.name}".replace("_", "-"): f for f in fields(SECTIONS[section])}
             given = [(options[a.name], a.tokens[0]) for a in arguments if a.tokens and a.name in options]
@@ -433,16 +433,11 @@ class Presets:
             values = values | {section: without_idle(section, values[section], known)}
         return values
 
-    def flatten(self, values: dict[str, Any], source: str) -> dict[str, Any]:
-        """{"seed": 1, "train": {"steps": 2}} -> {"seed": 1, "train.steps": 2}; a name that nobody knows is refused."""
-        check_sections(values, source)
-        flat = {}
-        for name, value in upgraded(values).items():
-            if name == "seed":
-                flat[name] = value
-                continue
-            check_keys(SECTIONS[name], value, f"{source} [{name}]")
-            flat |= {f"{name}.{key}": value[key] for key in value}
+    def flatten(self, values: dict[str, Any]) -> dict[str, Any]:
+        """{"seed": 1, "train": {"steps": 2}} -> {"seed": 1, "train.steps": 2}; one level: deeper tables are refused later."""
+        flat = {name: value for name, value in values.items() if name == "seed"}
+        for section in SECTIONS:
+            flat |= {f"{section}.{key}": value for key, value in values.get(section, {}).items()}
         return flat
 
     def fill(self, arguments: Any, flat: dict[str, Any], source: str) -> None:

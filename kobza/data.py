@@ -162,19 +162,25 @@ def _lines(blocks: Iterator[str]) -> Iterator[str]:
         yield rest
 
 
+def read_object(line: str, where: str, holding: str) -> dict[str, Any]:
+    """One line of a .jsonl file -> its object; `where` and what it is to be `holding` are for the refusal."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where}: JSON nested too deeply; a line is one flat object") from None
+    require(isinstance(record, dict), f"{where}: a {type(record).__name__}, not an object with {holding}")
+    return record
+
+
 def _jsonl_documents(file: str, stream: BinaryIO, field: str) -> Iterator[tuple[str, Iterator[str]]]:
     """One document a line of a .jsonl file."""
     for number, line in enumerate(_lines(text_blocks(file, stream)), 1):
         if not line.strip():
             continue
         where = f"{file} line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}") from None
-        except RecursionError:
-            raise InputError(f"{where}: JSON nested too deeply; a line is one object") from None
-        require(isinstance(record, dict), f"{where}: a {type(record).__name__}, not an object with a field {field!r}")
+        record = read_object(line, where, f"a field {field!r}")
         lacks = f"{where}: no field {field!r}{nearest(field, list(record))}; name it with --text-field"
         require(field in record, lacks)
         require(isinstance(record[field], str), f"{where}: field {field!r} is not a string")

@@ -10,7 +10,6 @@ its first line without blanks around it, `contains` and `regex` search all of it
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kobza.config import InputError, SampleConfig, nearest, require
+from kobza.data import read_object
 from kobza.evals.score import encode_pair, score
 from kobza.evals.stats import Estimate, share
 from kobza.evals.texts import continue_all
@@ -60,13 +60,7 @@ def read_tasks(path: Path) -> list[Item]:
 
 def read_item(text: str, where: str, number: int) -> Item:
     """One line of a tasks file -> its item."""
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    except RecursionError:
-        raise InputError(f"{where}: JSON nested too deeply; a line is one flat object") from None
-    require(isinstance(record, dict), f"{where}: a {type(record).__name__}, not an object with prompt and answer")
+    record = read_object(text, where, "prompt and answer")
     known = CHOICE_KEYS if "choices" in record else GENERATION_KEYS
     for key in record:
         require(key in known, f"{where}: unknown key {key!r}{nearest(key, known)}")
