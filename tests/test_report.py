@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kobza.pages.shell import printable, svg_text, write_png
 from kobza.report.coach import Facts, meaning, remarks
 from kobza.report.landmarks import Landmarks, entropy, measure_landmarks
 from kobza.report.metrics import read_metrics, series
-from kobza.report.page import flags, printable, render, short, write_report
-from kobza.report.picture import MAX_POINTS, decimate, loss_figure, smooth, spread, svg_text, write_png
+from kobza.report.page import flags, render, short, write_report
+from kobza.report.picture import MAX_POINTS, decimate, loss_figure, smooth, spread
 
 LANDMARKS = Landmarks(uniform=math.log(65), unigram=3.31, bigram=2.45, mean_token_bytes=1.0, mean_pair_count=800.0)
 FACTS = Facts(65, 800_000, 1_000_000, steps=1000, warmup_steps=50, lr=1e-3, dropout=0.1, eval_interval=50)

@@ -1,66 +1,39 @@
 """Report content -> report.html (self-contained), report.md, report.json and the pictures, into the design's folder.
 
-The page runs no script and needs no network; it follows the reader's light or dark setting. What it says is report.py's content,
-nothing is computed here.
+The page's shell is pages/shell.py's. What it says is report.py's content, nothing is computed here.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kobza.lab.picture import curves_figure, differences_figure, trend_figure, write_png
+from kobza.lab.picture import curves_figure, differences_figure, trend_figure
 from kobza.lab.report import Content, baselines, label
 from kobza.lab.statistics import engineering
+from kobza.pages import shell
+from kobza.pages.shell import svg_text, write_png, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ c.title }}</title>
-<style>
-:root { --ink: #1f2328; --quiet: #5c6470; --ground: #fbfaf8; --card: #ffffff; --line: #dddad4; --mark: #b4470b;
-  --tint: #fdf1e8; --good: #1a7f4b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e4df; --quiet: #a3a8b0; --ground: #16181b; --card: #1e2125;
-  --line: #363a40; --mark: #ff9d5c; --tint: #33261b; --good: #5fd097; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 0.3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 0.6rem; }
-p { margin: 0.4rem 0; max-width: 48rem; }
-.quiet { color: var(--quiet); font-size: 0.92rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-left: 0.3rem solid var(--quiet);
-  border-radius: 0.5rem; padding: 0.35rem 0.9rem; margin: 0.4rem 0; }
+PAGE = """{% extends "shell" %}
+{% block style %}main { max-width: 66rem; }
+h1 { margin-bottom: 0.3rem; }
+p { max-width: 48rem; }
+.quiet { font-size: 0.92rem; }
+.card { border-left: 0.3rem solid var(--quiet); padding: 0.35rem 0.9rem; margin: 0.4rem 0; }
 .card.helps { border-left-color: var(--good); }
 .card.hurts, .card.note { border-left-color: var(--mark); }
 .card.note { background: var(--tint); }
 figure { margin: 0.8rem 0 0; max-width: 54rem; }
-figure svg { display: block; width: 100%; height: auto; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 0.5rem; background: var(--card); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.35rem 0.55rem; text-align: right; white-space: nowrap; }
+table { font-size: 0.9rem; }
+th, td { padding: 0.35rem 0.55rem; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
-th { font-weight: 600; }
-tr + tr td, tbody tr:first-child td { border-top: 1px solid var(--line); }
 td small { color: var(--quiet); }
-code { font: 0.88rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-summary { cursor: pointer; }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ c.title }}</h1>
+code { overflow-wrap: anywhere; }{% endblock %}
+{% block body %}<h1>{{ c.title }}</h1>
 <p class="quiet">{{ setting }}</p>
 {% for item in verdicts %}<div class="card {{ item.kind }}"><strong>{{ item.name }}</strong>
 {%- if item.against %} <span class="quiet">against {{ item.against }}</span>{% endif %}<br>{{ item.words }}</div>
@@ -83,10 +56,7 @@ summary { cursor: pointer; }
 <h2>Settings</h2>
 {% for arm in c.arms %}<details><summary>{{ arm.label }}</summary><p><code>{{ settings(arm) }}</code></p></details>
 {% endfor %}
-<p class="quiet">{{ provenance }}</p>
-</main>
-</body>
-</html>
+<p class="quiet">{{ provenance }}</p>{% endblock %}
 """
 
 MARKDOWN = """# {{ c.title }}
@@ -129,8 +99,8 @@ COMPARISON_WORDS = (
 )
 
 
-def write_pages(folder: Path, content: Content, svg_text: Callable[[Figure], str]) -> Path:
-    """Write everything a report is -> the path of report.html. `svg_text` turns a figure into an <svg> element."""
+def write_pages(folder: Path, content: Content) -> Path:
+    """Write everything a report is -> the path of report.html."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -150,19 +120,10 @@ def write_pages(folder: Path, content: Content, svg_text: Callable[[Figure], str
         for name, title, words, figure in figures
     ]
     # trim_blocks for markdown alone: there a newline means something
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     text = Environment(autoescape=False, undefined=StrictUndefined, trim_blocks=True).from_string(MARKDOWN)
     write_whole(folder / "report.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     write_whole(folder / "report.md", text.render(shown, pictures=drawn))
-    write_whole(folder / "report.html", page.render(shown, pictures=drawn))
-    return folder / "report.html"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file whole. Not checkpoint.py's write_file, which would load torch."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    return write_whole(folder / "report.html", shell.render(PAGE, title=content["title"], pictures=drawn, **shown))
 
 
 def pictures(content: Content) -> list[tuple[str, str, str, Figure]]:

@@ -7,19 +7,18 @@ into its own text colour.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kobza.lab.report import Content, baselines, label
 from kobza.lab.statistics import engineering
+from kobza.pages.shell import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#30343b"  # the colour that report/picture.py's svg_text replaces
 # Okabe & Ito 2008, told apart by the colour-blind; black is left out and yellow darkened to show on white
 COLOURS = ("#5c6470", "#2f8fd0", "#e0661a", "#12936b", "#b0559b", "#b08c00", "#56b4e9", "#8c5a2b")
 HELPS, HURTS, UNSURE = "#12936b", "#c8501e", "#7d8590"
@@ -40,11 +39,6 @@ def new_figure(width: float, height: float, box: tuple[float, float, float, floa
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(INK)
     return figure, axes
-
-
-def write_png(path: Path, figure: Figure) -> None:
-    """A figure -> a PNG file on a white ground."""
-    figure.savefig(path, format="png", dpi=160, facecolor="white")
 
 
 # ---- learning curves -----------------------------------------------------------------------------------------------

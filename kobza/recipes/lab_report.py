@@ -13,7 +13,6 @@ from kobza.lab.debates import summarise
 from kobza.lab.page import write_pages
 from kobza.lab.report import assemble, design_folders, is_begun, label
 from kobza.lab.statistics import engineering
-from kobza.report.picture import svg_text
 
 
 def main(paths: list[Path], summary: Path | None, as_json: bool) -> int:
@@ -38,7 +37,7 @@ def show(folders: list[Path], console: Console, as_json: bool) -> int:
     contents = []
     for folder in folders:
         content = assemble(folder)
-        page = write_pages(folder, content, svg_text)
+        page = write_pages(folder, content)
         contents.append(content | {"report": str(page)})
         if not as_json:
             print_verdicts(content, console)

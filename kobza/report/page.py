@@ -1,78 +1,41 @@
 """What a run left -> one self-contained `report.html`: picture, remarks, what the numbers mean, samples, config.
 
-The page needs no network and runs no script; its content policy forbids both, so that a sample, which is whatever the
-model wrote, stays text. It follows the reader's light or dark setting and fits a phone.
+The shell is pages/shell.py's: no network, no script, so that a sample, which is whatever the model wrote, stays text.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from kobza.config import flatten
+from kobza.pages import shell
+from kobza.pages.shell import printable, svg_text
 from kobza.report.coach import Facts, meaning, remarks
 from kobza.report.landmarks import Landmarks
 from kobza.report.metrics import Record, is_finite, series
-from kobza.report.picture import loss_figure, svg_text
+from kobza.report.picture import loss_figure
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root { --ink: #1f2328; --quiet: #5c6470; --ground: #fbfaf8; --card: #ffffff; --line: #dddad4; --mark: #b4470b;
-  --tint: #fdf1e8; --good: #1a7f4b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e4df; --quiet: #a3a8b0; --ground: #16181b; --card: #1e2125;
-  --line: #363a40; --mark: #ff9d5c; --tint: #33261b; --good: #5fd097; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.5;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 54rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 0.6rem; }
-p { margin: 0.4rem 0; max-width: 44rem; }
-.quiet { color: var(--quiet); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem; margin: 0; }
-.numbers div, .card { background: var(--card); border: 1px solid var(--line); border-radius: 0.5rem;
-  padding: 0.6rem 0.8rem; }
-.numbers dt { color: var(--quiet); font-size: 0.85rem; }
-.numbers dd { margin: 0; font-size: 1.1rem; font-variant-numeric: tabular-nums; }
-figure { margin: 1.5rem 0 0; color: var(--ink); }
-figure svg { display: block; width: 100%; height: auto; }
-.card { margin: 0.6rem 0; }
-.remark { border-left: 0.3rem solid var(--quiet); }
+PAGE = """{% extends "shell" %}
+{% macro card(sample) %}<div class="card"><span class="quiet">step {{ sample.step }}</span>
+<pre dir="auto">
+{{ sample.text }}</pre></div>{% endmacro %}
+{% block style %}.remark { border-left: 0.3rem solid var(--quiet); }
 .remark.warning { border-left-color: var(--mark); background: var(--tint); }
 .remark.healthy { border-left-color: var(--good); }
-.wide { overflow: auto; max-height: 28rem; border: 1px solid var(--line); border-radius: 0.5rem;
-  background: var(--card); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
-th, td { padding: 0.35rem 0.8rem; text-align: right; white-space: nowrap; }
-th { position: sticky; top: 0; background: var(--card); font-weight: 600; box-shadow: inset 0 -1px var(--line); }
-tr + tr td { border-top: 1px solid var(--line); }
+.wide { max-height: 28rem; }
+th { position: sticky; top: 0; background: var(--card); box-shadow: inset 0 -1px var(--line); }
 tr.best td { color: var(--good); font-weight: 600; }
 table.config th, table.config td { text-align: left; position: static; box-shadow: none; white-space: normal;
   overflow-wrap: anywhere; }
 table.config tr + tr th { border-top: 1px solid var(--line); }
 table.config th { font-weight: 400; color: var(--quiet); width: 45%; }
-code, pre { font: 0.9rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
-code.flag { white-space: nowrap; }
-pre { margin: 0.3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-summary { cursor: pointer; }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ title }}</h1>
+code.flag { white-space: nowrap; }{% endblock %}
+{% block body %}<h1>{{ title }}</h1>
 <dl class="numbers">
 {% for name, value in numbers %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}</dl>
@@ -118,14 +81,8 @@ to judge by.</p>
 {% for name, value in config %}<tr><th scope="row"><code>{{ name }}</code></th><td><code>{{ value }}</code></td></tr>
 {% endfor %}</table></div>
 {% endif %}
-</main>
-</body>
-</html>
-"""
-# A sample's <pre> begins with a newline of its own: HTML drops the first one, and the sample's must stay.
-SAMPLE = """{% macro card(sample) %}<div class="card"><span class="quiet">step {{ sample.step }}</span>
-<pre dir="auto">
-{{ sample.text }}</pre></div>{% endmacro %}"""
+{% endblock %}
+"""  # a sample's <pre> begins with a newline of its own: HTML drops the first one, and the sample's must stay
 
 COLUMNS = {  # heading: (key of the record, format)
     "step": ("step", "{:,}"),
@@ -152,11 +109,7 @@ def write_report(
     samples are dicts with `step` and `text`; config is a dict, nested ones are shown as `train.lr`.
     """
     path = Path(run_dir) / "report.html"
-    html = render(records, landmarks, facts, samples, title, config)
-    aside = path.with_name("report.html.part")
-    aside.write_text(html, encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    return shell.write_whole(path, render(records, landmarks, facts, samples, title, config))
 
 
 def render(
@@ -169,8 +122,8 @@ def render(
 ) -> str:
     """What a run left -> the page as HTML text."""
     best = best_loss(records)
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(SAMPLE + PAGE)
-    return page.render(
+    return shell.render(
+        PAGE,
         title=printable(title),
         numbers=numbers(records, facts),
         picture=Markup(svg_text(loss_figure(records, landmarks))),  # ours, and it holds numbers only
@@ -255,11 +208,6 @@ def cells(record: Record) -> list[str]:
 def flags(text: str) -> Markup:
     """Text -> HTML in which `--train.lr` and its like are code, not broken at the dashes; the rest is escaped."""
     return Markup(re.sub(r"(?<!\w)--[a-z][\w.]*(=[\w.-]*\w)?", r'<code class="flag">\g<0></code>', str(escape(text))))
-
-
-def printable(value: Any) -> str:
-    """Anything -> text without the control characters that HTML forbids; each becomes the replacement character."""
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value))
 
 
 def short(count: float) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kobza.config import require, to_dict
+from kobza.pages.shell import write_png
 from kobza.report.coach import Facts
 from kobza.report.landmarks import Landmarks
 from kobza.report.metrics import Record, read_metrics
 from kobza.report.page import write_report
-from kobza.report.picture import loss_figure, write_png
+from kobza.report.picture import loss_figure
 from kobza.run import Run
 
 

@@ -1,4 +1,4 @@
-"""Metric records and landmarks -> the picture of a run, as a matplotlib Figure, a PNG file or SVG text.
+"""Metric records and landmarks -> the picture of a run, as a matplotlib Figure.
 
 Figures are made as objects, never through pyplot: nothing is shown, no state is left in the process. matplotlib is
 imported inside the functions that draw, so that a server or a test may import this file cheaply.
@@ -6,14 +6,12 @@ imported inside the functions that draw, so that a server or a test may import t
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kobza.pages.shell import INK
 from kobza.report.landmarks import Landmarks
 from kobza.report.metrics import Record, series
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 # Blue and vermilion of Okabe & Ito (2008), told apart by the colour-blind; both are legible on white and on black.
 TRAIN_COLOUR = "#2f8fd0"
 VAL_COLOUR = "#e0661a"
-INK = "#30343b"  # replaced by the page's own text colour in SVG, so it must not be used for anything but ink
 
 MAX_POINTS = 2000  # more than the pixels across
 SMOOTH_SHARE = 0.02  # of the records are averaged in the smoothed line: follows the fall, hides the batches
@@ -44,24 +41,6 @@ def loss_figure(records: list[Record], landmarks: Landmarks) -> Figure:
     set_steps(axes, records)
     dress(axes)
     return figure
-
-
-def write_png(path: str | Path, figure: Figure) -> None:
-    """A figure -> a PNG file on a white ground, readable anywhere."""
-    figure.savefig(path, format="png", dpi=160, facecolor="white")
-
-
-def svg_text(figure: Figure) -> str:
-    """A figure -> an `<svg>` element for an HTML page: scales with the page, takes its text colour, same every time."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "kobza"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")  # from <svg: a page has its own declarations
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2)
 
 
 # ---- what is drawn ----
