@@ -67,15 +67,15 @@ class Effect(NamedTuple):
 # the effect from is dropped (`without_idle`): `--preset demo --model.norm none` drops the preset's norm_weight.
 MODEL_EFFECTS = (
     Effect(
-        "n_head n_kv_head head_dim omit_heads rope_theta rope_local_theta rope_scaling qk_norm qk_norm_weight attn_scale "
-        "attn_softcap window qkv_bias",
+        "n_head n_kv_head head_dim omit_heads rope_theta rope_dim rope_local_theta rope_scaling qk_norm qk_norm_weight "
+        "attn_scale attn_softcap window qkv_bias",
         lambda c: "A" in c.pattern,
         ": pattern {c.pattern!r} has no A, no attention",
     ),
     Effect("n_ff ff_widths mlp", lambda c: "F" in c.pattern, ": pattern {c.pattern!r} has no F, no feed-forward"),
     Effect("n_ff", lambda c: not c.ff_widths, ": ff_widths gives each width"),
     Effect(
-        "rope_theta rope_local_theta rope_scaling",
+        "rope_theta rope_dim rope_local_theta rope_scaling",
         lambda c: c.position == "rope",
         " with position={c.position}; leave it out or take position rope",
     ),
@@ -192,6 +192,8 @@ class ModelConfig:
     """rotary angles on queries and keys (Su et al. 2021), a learned vector a place (GPT-2), sines (Vaswani et al. 2017), none"""
     rope_theta: float = 10_000.0
     """base of the rotary frequencies; only with position=rope"""
+    rope_dim: int = 0
+    """channels of a head that rope turns, the first ones (Phi 4 mini: 3/4 of them); 0: all"""
     rope_local_theta: float = 0.0
     """base in windowed attentions (Gemma 3); 0: rope_theta"""
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
@@ -253,7 +255,7 @@ class ModelConfig:
         far = f"model.n_ahead is {self.n_ahead}: no target is so far ahead at model.max_seq_len {self.max_seq_len}; lower it"
         require(self.n_ahead <= self.max_seq_len, far)
         at_least_0 = "vocab_size pad_vocab n_kv_head head_dim n_ff softcap attn_softcap attn_scale window"
-        for name in (*at_least_0.split(), "rope_original_len", "rope_local_theta"):
+        for name in (*at_least_0.split(), "rope_original_len", "rope_local_theta", "rope_dim"):
             require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("norm_eps", "rope_theta", "embed_scale"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be above 0")
@@ -312,9 +314,11 @@ class ModelConfig:
 
     def _check_rope(self) -> None:
         """Rotary angles: pairs to turn, frequencies that differ, and a scaling with its numbers."""
-        even = self.head_dim + self.head_dim % 2
-        odd = f"model.head_dim is {self.head_dim}; rope turns pairs, so it must be even: take model.head_dim {even}"
-        require(self.head_dim % 2 == 0, odd)
+        name, turned = ("rope_dim", self.rope_dim) if self.rope_dim else ("head_dim", self.head_dim)
+        odd = f"model.{name} is {turned}; rope turns pairs, so it must be even: take model.{name} {turned + 1}"
+        require(turned % 2 == 0, odd)
+        whole = f"model.rope_dim {self.rope_dim} has no effect: model.head_dim is {self.head_dim}; take less or leave it out"
+        require(self.rope_dim < self.head_dim, whole)
         for name in ("rope_theta", "rope_local_theta"):
             require(getattr(self, name) != 1, f"model.{name} is 1: all frequencies would be equal; 10000 is usual")
         if self.rope_scaling != "none":

@@ -9,6 +9,7 @@ Precision: weights are float32; each Linear casts its weight to the dtype of wha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Rows of a table, times `scale` (Gemma: sqrt(C); 1: none). ids (...) -> (..., C)."""
+    """Rows of a table in `dtype` (None: its own), times `scale` in it (Gemma: sqrt(C); 1: none). ids (...) -> (..., C)."""
 
     def __init__(self, n_rows: int, size: int, scale: float = 1.0):
         super().__init__(n_rows, size)
@@ -38,9 +39,12 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Nothing: as in Linear. Torch's own draw imports its compiler's machinery where the table is on the meta device."""
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x = F.embedding(ids, self.weight)
-        return x if self.scale == 1 else x * self.scale
+        if self.scale == 1:
+            return x  # a position may be added to it before it is cast
+        x = x if dtype is None else x.to(dtype)
+        return x * x.new_full((), self.scale)  # rounded as Gemma's: in bf16 55.5, where a Python float stays 55.4256
 
 
 # ---- norms ---------------------------------------------------------------------------------------------------------
@@ -70,7 +74,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return rms_norm(x, self.eps)
-        weight = self.weight + self.offset if self.offset else self.weight
+        weight = widen(self.weight) + self.offset if self.offset else self.weight  # 1 + w keeps few bits of w in bf16
         if self.cast_late:
             return (rms_norm(widen(x), self.eps) * widen(weight)).to(x.dtype)
         return rms_norm(x, self.eps) * weight.to(x.dtype)
@@ -86,7 +90,7 @@ class LayerNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.weight is None or not self.offset else self.weight + self.offset
+        weight = self.weight if self.weight is None or not self.offset else widen(self.weight) + self.offset
         weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, self.bias))
         return torch.layer_norm(x, x.shape[-1:], weight, bias, self.eps)  # torch's kernel computes in float32 inside
 
@@ -143,7 +147,7 @@ def rope_slowdown(config: ModelConfig) -> tuple[Tensor, float]:
     llama3  wavelengths below L/4 by 1, above L by s, a ramp between               Llama 3.1
     yarn    turns over L above 32 by 1, below 1 by s, a ramp between; cos and sin times 0.1 ln s + 1    Peng et al. 2023
     """
-    s, length, half = config.rope_factor, config.rope_original_len, config.head_dim // 2
+    s, length, half = config.rope_factor, config.rope_original_len, (config.rope_dim or config.head_dim) // 2
     fraction = torch.arange(half, dtype=torch.float32) / half  # 2 i / D
     turns = length / (2 * math.pi) * config.rope_theta ** (-fraction)  # over the original length
     if config.rope_scaling == "linear":
@@ -168,9 +172,16 @@ class Rope(nn.Module):
     def __init__(self, config: ModelConfig, theta: float, scaled: bool):
         super().__init__()
         divide, gain = rope_slowdown(config) if scaled else (None, 1.0)
-        angles = rope_angles(config.max_seq_len, config.head_dim, theta, divide)
+        angles = rope_angles(config.max_seq_len, config.rope_dim or config.head_dim, theta, divide)
         self.register_buffer("cos", angles.cos() * gain, persistent=False)
         self.register_buffer("sin", angles.sin() * gain, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rope:
+        """Go with the model to its device, but stay float32: model.to(bf16) would make the angles of neighbours equal."""
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.cos[positions], self.sin[positions]
@@ -185,9 +196,11 @@ class NoRope(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by their angles, in float32. x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2)."""
-    left, right = widen(x).chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    """Turn the pairs (x[i], x[i + D/2]) by their angles, in float32. x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2).
+    With fewer angles only the first channels are turned, as if they were all."""
+    half = cos.shape[-1]
+    left, right, rest = widen(x).split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=-1).to(x.dtype)
 
 
 # ---- feed-forward --------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + T, device=ids.device)
         if cache is not None and mask is None:
             mask = cache.mask(T)
-        x = self.embed(ids)  # (B, T, C)
+        x = self.embed(ids, dtype)  # (B, T, C)
         if self.position is not None:
             x = x + self.position(positions)
         x = self.drop(self.embed_norm(x if dtype is None else x.to(dtype)))

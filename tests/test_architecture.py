@@ -12,7 +12,9 @@ import kobza
 
 PACKAGE = Path(kobza.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
-CORE = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("cli.py", "__main__.py", "__init__.py"))
+CORE = sorted(
+    path for path in PACKAGE.glob("*.py") if path.name not in ("cli.py", "cli_doctor.py", "__main__.py", "__init__.py")
+)
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 needs_page = pytest.mark.skipif(not PAGE.exists(), reason="docs/architecture.md is not part of an installed package")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kobza.config import InputError, ModelConfig, preset, run_from_dict
 from kobza.describe.parts import parts, total_parameters
 from kobza.generate import KVCache, decode, prefill
-from kobza.layers import LayerNorm, rms_norm, rope_angles, rotate
+from kobza.layers import Embedding, LayerNorm, RMSNorm, rms_norm, rope_angles, rotate
 from kobza.model import GPT, attend, build, n_parameters, training_flops_per_token
 from kobza.train import next_token_loss
 
@@ -165,6 +165,30 @@ def test_rotated_products_know_only_the_distance(q_place, k_place, shift, theta)
 def test_rotation_is_felt():
     q = torch.ones(1, 16)
     assert not torch.allclose(rotated(q, [3]), rotated(q, [4]), atol=1e-2)
+
+
+@pytest.mark.parametrize("width, released", [(3072, 55.5), (2048, 45.25), (2304, 48.0), (3584, 59.75), (5376, 73.5)])
+def test_the_scale_of_an_embedding_is_rounded_to_the_dtype(width, released):
+    """As Gemma was released; a Python float would stay 55.4256 and round only the product."""
+    table = Embedding(3, 1, width**0.5)
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([[1.0], [0.9921875], [3.0]]))  # bf16 numbers
+        ids = torch.arange(3)
+        expected = table.weight.bfloat16() * torch.tensor(released).bfloat16()
+        assert torch.equal(table(ids, torch.bfloat16), expected)
+        assert float(table(ids)[0]) == pytest.approx(width**0.5, rel=1e-7)  # float32 keeps it
+        assert torch.equal(table.bfloat16()(ids), expected)
+
+
+def test_the_1_of_gemmas_norm_is_added_in_float32():
+    """1 + w has no bits left for a small w in bfloat16: 1 + 0.0039 would be 1."""
+    norm = RMSNorm(8, 1e-6, offset=1.0, cast_late=True)
+    with torch.no_grad():
+        norm.weight.fill_(2.0**-8)
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+        wide = norm(x.float())
+        error = (norm.bfloat16()(x).float() - wide).abs().max() / wide.abs().max()
+    assert error < 2.0**-8  # one rounding of the output
 
 
 def test_norms_are_their_formulas():
@@ -410,3 +434,12 @@ def test_softcap_bounds_the_logits():
     with torch.no_grad():
         loud.lm_head.weight.mul_(100)
         assert 14 < loud(some_ids(2, 16)).abs().max() <= 15
+
+
+def test_rotary_angles_stay_float32_whatever_the_model_is_cast_to():
+    model = build(ModelConfig(vocab_size=5, n_layer=1, n_embd=16, n_head=2, max_seq_len=4096))
+    before = model.rope.cos.clone()
+    model.to(torch.bfloat16)
+    assert model.blocks[0].attn.q_proj.weight.dtype == torch.bfloat16
+    assert model.rope.cos.dtype == torch.float32 and torch.equal(model.rope.cos, before)
+    assert torch.unique(model.rope.sin[:, 0]).numel() > 4000  # in bf16 257 of them

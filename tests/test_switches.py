@@ -54,7 +54,9 @@ def configs(draw, **given_):
         window=pick(0, 1, 4),
         window_pattern=pick("L", "LG", "GL"),
     )
-    values |= dict(rope_local_theta=pick(0.0, 50.0), bias=pick(True, False), qkv_bias=pick(True, False))
+    values |= dict(
+        rope_local_theta=pick(0.0, 50.0), rope_dim=pick(0, 0, 2), bias=pick(True, False), qkv_bias=pick(True, False)
+    )
     values |= dict(mlp=pick("relu2", "relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"))
     values |= dict(
         embed_scale=pick(1.0, 2.5),
@@ -138,7 +140,7 @@ class Equations:
 
     def angles(self, theta, scaled, T):
         """(T, D/2) and the factor on cos and sin."""
-        c, D, gain = self.c, self.c.head_dim, 1.0
+        c, D, gain = self.c, self.c.rope_dim or self.c.head_dim, 1.0
         frequencies = []
         for i in range(D // 2):
             f, s, L = theta ** (-2 * i / D), c.rope_factor, c.rope_original_len
@@ -164,8 +166,9 @@ class Equations:
             return x
         local = self.c.rope_local_theta and self.c.is_windowed(layer)
         angles, gain = self.angles(self.c.rope_local_theta if local else self.c.rope_theta, not local, x.shape[-2])
-        pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.full_like(angles, gain), angles)
-        return torch.cat((pairs.real, pairs.imag), dim=-1)
+        turned, rest = x[..., : 2 * angles.shape[-1]], x[..., 2 * angles.shape[-1] :]
+        pairs = torch.complex(*turned.chunk(2, dim=-1)) * torch.polar(torch.full_like(angles, gain), angles)
+        return torch.cat((pairs.real, pairs.imag, rest), dim=-1)
 
     def attention(self, name, x, layer):
         c, (B, T, _) = self.c, x.shape
@@ -647,6 +650,9 @@ REFUSED = [
     ({"window": 8, "window_pattern": "GGGGL"}, "gives it to no attention of 4; take window_pattern L"),
     ({"window": 8, "rope_local_theta": 100.0}, "model.rope_local_theta has no effect: all attentions have the window"),
     ({"window": 8, "window_pattern": "LG", "rope_local_theta": 1e4}, "model.rope_local_theta has no effect: it is rope_theta"),
+    ({"rope_dim": 32}, "model.rope_dim 32 has no effect: model.head_dim is 32; take less or leave it out"),
+    ({"rope_dim": 7}, "model.rope_dim is 7; rope turns pairs, so it must be even: take model.rope_dim 8"),
+    ({"rope_dim": -2}, "model.rope_dim is -2; it must not be negative"),
     ({"n_ahead": 0}, "model.n_ahead is 0; it must be at least 1"),
     ({"embed_scale": 0.0}, "model.embed_scale is 0.0; it must be above 0"),
     ({"window": -1}, "model.window is -1; it must not be negative"),
@@ -664,6 +670,7 @@ WITHOUT_EFFECT = [
     ({"pattern": "A", "n_ff": 7}, "n_ff", "pattern 'A' has no F"),
     ({"n_ff": 7, "ff_widths": "1,2,3,4"}, "n_ff", "ff_widths gives each width"),
     ({"position": "learned", "rope_theta": 5e5}, "rope_theta", "position=learned; leave it out or take position rope"),
+    ({"position": "learned", "rope_dim": 2}, "rope_dim", "position=learned; leave it out or take position rope"),
     ({"position": "none", "rope_scaling": "linear", "rope_factor": 2.0}, "rope_scaling", "position=none"),
     ({"position": "sinusoidal", "window": 4, "window_pattern": "LG", "rope_local_theta": 9.0}, "rope_local_theta", "=sinus"),
     ({"rope_factor": 2.0}, "rope_factor", "rope_scaling=none; give model.rope_scaling"),
@@ -711,7 +718,7 @@ def test_every_rule_without_effect_is_tried():
 SECOND = {  # another value of each field, and what it needs to have an effect
     "vocab_size": (19, {}), "pad_vocab": (64, {}), "max_seq_len": (10, {}), "n_layer": (3, {}), "pattern": ("AAF", {}),
     "n_head": (4, {}), "n_kv_head": (1, {}), "n_embd": (16, {}), "head_dim": (6, {}), "omit_heads": ("0:1", {}), "n_ff": (9, {}),
-    "ff_widths": ("3,4", {}), "position": ("none", {}), "rope_theta": (300.0, {}),
+    "ff_widths": ("3,4", {}), "position": ("none", {}), "rope_theta": (300.0, {}), "rope_dim": (2, {}),
     "rope_local_theta": (300.0, {"window": 4, "window_pattern": "LG"}), "rope_scaling": ("ntk", {"rope_factor": 2.0}),
     "rope_factor": (3.0, {"rope_scaling": "linear"}), "rope_original_len": (9, {"rope_scaling": "llama3", "rope_factor": 2.0}),
     "norm": ("layernorm", {}), "norm_place": ("output", {}), "norm_weight": (False, {}), "norm_eps": (0.1, {}),

@@ -157,10 +157,11 @@ def by_layer(layers: range, shape: Callable[[int], str]) -> str:
 
 def rope(c: ModelConfig) -> list[Equation]:
     """The rotary angles and their scaling."""
-    D, s, L = c.head_dim, c.rope_factor, c.rope_original_len
+    D, s, L = c.rope_dim or c.head_dim, c.rope_factor, c.rope_original_len
     gain = f"{0.1 * math.log(s) + 1:.4g}·" if c.rope_scaling == "yarn" else ""
     theta = f"({c.rope_theta:g}·{s:g}^({D}/{D - 2}))" if c.rope_scaling == "ntk" and D > 2 else f"{c.rope_theta:g}"
     turns = f"rot turns the pair (m, m + {D // 2}) by i·f" if D > 2 else "rot turns the pair (0, 1) by i·f"
+    turns += f"; channels from {D} on stay" if c.rope_dim else ""
     lines = [
         Equation("", f"q, k ← {gain}rot(q), {gain}rot(k)", turns),
         Equation("", f"f = {theta}^(−2m/{D}), m < {D // 2}", f"rope scaling {c.rope_scaling}, {s:g}" if s != 1 else ""),

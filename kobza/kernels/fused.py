@@ -37,7 +37,8 @@ def supports(config: ModelConfig) -> bool:
     attention over all that went before, scaled as usual."""
     usual = config.pattern == "AF" and config.norm == "layernorm" and config.norm_place == "before"
     plain = not (config.bias or config.dropout or config.qk_norm or config.norm_offset or config.qkv_bias)
-    attention = config.n_kv_head == config.n_head and not (config.attn_scale or config.attn_softcap or config.window)
+    special = config.attn_scale or config.attn_softcap or config.window or config.rope_dim
+    attention = config.n_kv_head == config.n_head and not special
     return usual and plain and attention and config.mlp in ("relu2", "gelu", "gelu_tanh")
 
 
