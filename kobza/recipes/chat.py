@@ -1,25 +1,130 @@
-"""kobza chat: lines from a person, continuations from a model, in one growing text."""
+"""kobza chat: lines from a person, answers from a model.
+
+A model with a chat template is talked to by turns: its template puts every message in place, its own tokens end an answer, and
+when the context is full the oldest turns are forgotten. A model without one continues the text so far.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kobza.config import InputError, SampleConfig
+from kobza.checkpoint import Loaded
+from kobza.config import InputError, SampleConfig, require
+from kobza.formats.chat import ChatEncoder, Message
+from kobza.formats.template import ChatTemplate
 from kobza.recipes.generate import check_stops, limits, open_model, write_text
 
 PARAGRAPH = "\n\n"  # a model trained on plays ends a speech with an empty line
+Write = Callable[[list[int], SampleConfig], str]
 
 
-def main(path: Path, stop: list[str] | None, unknown: str, device: str, precision: str, config: SampleConfig) -> int:
-    """Read lines until the input ends, writing a continuation after each -> exit code."""
+def main(
+    path: Path,
+    system: str | None,
+    stop: list[str] | None,
+    unknown: str,
+    device: str,
+    precision: str,
+    config: SampleConfig,
+) -> int:
+    """Read lines until the input ends, writing an answer after each -> exit code."""
     check_stops(stop or [])
     loaded = open_model(path, device, precision, unknown)
     limits(loaded, [], config)  # an alphabet that the model has not is refused before the first line
-    stops = stop if stop else [PARAGRAPH]
+    template = template_of(loaded)
+    if template is not None:
+        return by_turns(loaded, path, ChatEncoder(template, loaded.tokenizer), system, stop or [], config)
+    require(system is None, f"--system has no effect: {path} has no chat template; write it in your first line")
+    return continued(loaded, path, stop or [PARAGRAPH], config)
+
+
+def template_of(loaded: Loaded) -> ChatTemplate | None:
+    """The chat template that a model came with."""
+    facts = loaded.provenance.get("chat_template")
+    if facts is None:
+        return None
+    parts = [facts.get(key) for key in ("source", "bos", "eos")] if isinstance(facts, dict) else []
+    specials = facts.get("specials", {}) if isinstance(facts, dict) else {}
+    texts = [*parts, *specials.values()] if isinstance(specials, dict) else [None]
+    good = bool(parts) and all(isinstance(text, str) for text in texts)
+    require(good, f"{loaded.folder}/config.json: its chat_template is damaged; pull the model again with --force")
+    return ChatTemplate(*parts, specials, name=f"{loaded.folder.name}'s chat template")
+
+
+# ---- by turns ------------------------------------------------------------------------------------------------------
+
+
+def by_turns(
+    loaded: Loaded, path: Path, encoder: ChatEncoder, system: str | None, stops: list[str], config: SampleConfig
+) -> int:
+    """Messages in the model's own template -> exit code."""
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    fitting(encoder, [*messages, {"role": "user", "content": "?"}], loaded, config)  # refused before the first line
+    first, turn = len(messages), 0
+    print(f"{path}: ask; an empty line or Ctrl-D ends")
+    while True:
+        line = ask()
+        if not line:
+            return 0
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            ids, asked, forgotten = fitting(encoder, asked, loaded, config)
+        except InputError as error:
+            print(f"  {error}")
+            continue
+        if forgotten:
+            print(
+                f"  (the context of {loaded.run.model.max_seq_len:,} tokens is full: {forgotten} oldest turns forgotten)"
+            )
+        answer = write_text(loaded, ids, stops, replace(config, seed=config.seed + turn), Trimmed())
+        print()
+        messages, turn = [*asked, {"role": "assistant", "content": answer.strip()}], turn + 1
+        assert messages[:first] == asked[:first]
+
+
+def fitting(
+    encoder: ChatEncoder, messages: list[Message], loaded: Loaded, config: SampleConfig
+) -> tuple[list[int], list[Message], int]:
+    """Ids of a chat that leaves room for an answer, the messages left in it, and how many turns had to go: a turn is a person's
+    message with the answer; the system's stays."""
+    size = loaded.run.model.max_seq_len
+    room = min(config.tokens, size // 4)
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    rest, forgotten = messages[len(head) :], 0
+    ids = encoder.encode(messages, add_generation_prompt=True)
+    while len(ids) + room > size and len(rest) > 1:
+        rest, forgotten = rest[2:], forgotten + 1
+        ids = encoder.encode([*head, *rest], add_generation_prompt=True)
+    fits = len(ids) + room <= size
+    long = f"the chat has {len(ids):,} tokens with this line alone, and {size - room:,} fit beside an answer"
+    require(fits, f"{long}; shorten the line{' or --system' if head else ''}")
+    return ids, [*head, *rest], forgotten
+
+
+class Trimmed:
+    """Print an answer as it comes, less the white space before it."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def __call__(self, piece: str) -> None:
+        piece = piece if self.begun else piece.lstrip()
+        self.begun = self.begun or bool(piece)
+        show(piece)
+
+
+# ---- one growing text ----------------------------------------------------------------------------------------------
+
+
+def continued(loaded: Loaded, path: Path, stops: list[str], config: SampleConfig) -> int:
+    """Lines that the model goes on from -> exit code."""
     history, turn = "", 0
-    print(f"{path}: {loaded.provenance.get('step', '?')} steps; your line is continued; an empty line or Ctrl-D ends")
+    steps = loaded.provenance.get("step")
+    trained = "" if steps is None else f"{steps} steps; "
+    print(f"{path}: {trained}your line is continued; an empty line or Ctrl-D ends")
     while True:
         line = ask()
         if not line:

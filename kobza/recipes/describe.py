@@ -13,6 +13,7 @@ from rich.table import Table
 from kobza.config import InputError, ModelConfig, RunConfig, load_toml, nearest, preset, preset_names, run_from_dict
 from kobza.describe.equations import Equation, equations
 from kobza.describe.parts import inference_bytes, parts, total_parameters, training_bytes
+from kobza.hub.store import find_model, model_names
 
 CHARACTERS = 65  # of the default text
 ENCODED = {
@@ -116,9 +117,9 @@ def best_losses(what: str) -> dict[str, float] | None:
 
 def find_config(what: str) -> RunConfig:
     """The config behind a preset's name, a run's or checkpoint's folder, or a TOML file."""
-    path = Path(what)
     if what in preset_names():
         return run_from_dict(preset(what), f"preset {what}")
+    path = find_model(Path(what)) if what in model_names() else Path(what)
     if path.suffix == ".toml" and path.is_file():
         return run_from_dict(load_toml(path), what)
     if (path / "config.toml").exists():
@@ -127,7 +128,8 @@ def find_config(what: str) -> RunConfig:
         from kobza.checkpoint import find_checkpoint, read_config
 
         return read_config(find_checkpoint(path) / "config.json")[0]
-    raise InputError(f"{what}: neither a preset nor a run nor a TOML file{nearest(what, preset_names())}")
+    names = [*preset_names(), *model_names()]
+    raise InputError(f"{what}: neither a preset nor a run nor a TOML file, nor a pulled model{nearest(what, names)}")
 
 
 def list_presets(as_json: bool) -> int:

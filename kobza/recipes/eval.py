@@ -18,6 +18,7 @@ from kobza.evals.picture import write_picture
 from kobza.evals.stats import FEWEST_UNITS, scipy_stats
 from kobza.evals.tables import checkpoint_table, evaluation_tables, task_table
 from kobza.evals.tasks import Judged, accuracy, judge, read_tasks
+from kobza.hub.store import find_model
 from kobza.recipes.generate import check_samples
 
 
@@ -33,7 +34,7 @@ def main(
     settings: dict[str, int],
 ) -> int:
     """Evaluate a model, or all checkpoints of a run -> exit code. `settings`: fields of How that are not the default."""
-    how = How(**settings)
+    path, how = find_model(path), How(**settings)
     console = Console(stderr=as_json, highlight=False)
     items = None if tasks is None else read_tasks(tasks)
     place = make_runtime(device, "auto").device

@@ -17,6 +17,7 @@ from kobza.config import InputError, SampleConfig, require
 from kobza.describe.parts import inference_bytes
 from kobza.device import free_memory, make_runtime, memory_error
 from kobza.generate import Processor, generate
+from kobza.hub.store import find_model
 from kobza.kernels import packed
 from kobza.model import n_parameters
 from kobza.tokenizer import StreamDecoder, Tokenizer
@@ -61,10 +62,11 @@ def main(
 
 
 def open_model(path: Path, device: str, precision: str, unknown: str | None) -> Loaded:
-    """The model behind a run or checkpoint, in the number format to generate in. "auto" takes bf16 where it is the faster: on a
-    GPU that has it, and on a CPU that has it for weights beyond its cache, which every token reads whole."""
+    """The model behind a run, a checkpoint or a pulled model's name, in the number format to generate in. "auto" takes bf16
+    where it is the faster: on a GPU that has it, and on a CPU that has it for weights beyond its cache, which every token
+    reads whole."""
     runtime = make_runtime(device, "auto")
-    loaded = load_checkpoint(path, runtime.device, unknown)
+    loaded = load_checkpoint(find_model(path), runtime.device, unknown)
     on_cpu, weights = runtime.device.type == "cpu", 4 * n_parameters(loaded.model)
     if precision == "auto":
         precision = "fp32" if runtime.precision != "bf16" or (on_cpu and weights <= CACHE_BYTES) else "bf16"
@@ -73,6 +75,17 @@ def open_model(path: Path, device: str, precision: str, unknown: str | None) -> 
     elif precision == "bf16":
         loaded.model.to(torch.bfloat16)
     return loaded
+
+
+def ends_of(loaded: Loaded) -> list[int]:
+    """The ids that end a text: those a pulled model came with, else its tokenizer's."""
+    ends = loaded.provenance.get("ends") or loaded.tokenizer.ends
+    size, good = loaded.tokenizer.vocab_size, isinstance(ends, list)
+    good = good and all(type(i) is int and 0 <= i < size for i in ends)
+    require(
+        good, f"{loaded.folder}/config.json: ends {ends!r} are no ids below {size:,}; pull the model again with --force"
+    )
+    return ends
 
 
 def read_prompt() -> str:
@@ -130,7 +143,7 @@ def write_text(
 ) -> str:
     """Generate one text, calling show(piece) as it grows -> the whole."""
     stream, finder, parts = StreamDecoder(loaded.tokenizer, continues=True), StopFinder(stops), []
-    for choice in generate(loaded.model, [ids], config, loaded.tokenizer.ends, extra=limits(loaded, ids, config)):
+    for choice in generate(loaded.model, [ids], config, ends_of(loaded), extra=limits(loaded, ids, config)):
         if choice.ids[0] is not None:
             parts.append(finder.feed(stream.feed(choice.ids[0])))
             show(parts[-1])
@@ -146,9 +159,7 @@ def write_texts(loaded: Loaded, ids: list[int], samples: int, stops: list[str], 
     streams = [StreamDecoder(loaded.tokenizer, continues=True) for _ in range(samples)]
     finders = [StopFinder(stops) for _ in range(samples)]
     texts = [""] * samples
-    for choice in generate(
-        loaded.model, [ids] * samples, config, loaded.tokenizer.ends, extra=limits(loaded, ids, config)
-    ):
+    for choice in generate(loaded.model, [ids] * samples, config, ends_of(loaded), extra=limits(loaded, ids, config)):
         for i, token in enumerate(choice.ids):
             if token is not None and not finders[i].found:
                 texts[i] += finders[i].feed(streams[i].feed(token))
@@ -175,7 +186,7 @@ def detailed(
     for i in range(samples):
         one, steps, text, finder = replace(config, seed=config.seed + i), [], "", StopFinder(stops)
         stream = StreamDecoder(loaded.tokenizer, continues=True)
-        for choice in generate(loaded.model, [ids], one, loaded.tokenizer.ends, extra=limits(loaded, ids, one)):
+        for choice in generate(loaded.model, [ids], one, ends_of(loaded), extra=limits(loaded, ids, one)):
             steps.append(candidates(loaded.tokenizer, choice.logits[0], choice.ids[0]))
             text += finder.feed(stream.feed(choice.ids[0]))
             if not as_json:
