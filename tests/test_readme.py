@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kobza import cli
+from kobza.doctor.mutations import specimens
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,6 +55,7 @@ def workplace(tmp_path_factory):
     (folder / "norms.toml").write_text(
         "\n".join([*design, "[set]", *settings, "[factors]", '"model.norm" = ["rmsnorm", "none"]'])
     )
+    specimens.folder(folder / "tinyllama", "llama")
     for run in ("demo", "mine"):
         out = str(folder / "runs" / run)
         assert cli.main(["train", str(folder / "poems.txt"), "--out", out, *TINY, *QUICK]) == 0
