@@ -178,20 +178,28 @@ def parity(
 
 
 @app.command
-def train(step: str, /, *, json: Json = False, html: Html = None) -> int:
+def train(step: str | None = None, /, *, json: Json = False, html: Html = None) -> int:
     """Laws of a training step, on your own: what is predicted, accumulation, resuming, world size, decay, schedule.
 
     Parameters
     ----------
     step
-        module:make_step or file.py:make_step, which runs your code; kobza/doctor/train.py says what it returns
+        module:make_step or file.py:make_step, which runs your code; without it, say what make_step returns
     """
+    if step is None:
+        return importlib.import_module("kobza.recipes.doctor_selftest").contract()
     return doctor("train", [step], json, html)
 
 
 @app.command
 def run(
-    path: Path, /, *, live: Annotated[bool, Parameter(negative="")] = False, json: Json = False, html: Html = None
+    path: Path,
+    /,
+    *,
+    vocab_size: int = 0,
+    live: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+    html: Html = None,
 ) -> int:
     """Read a run's curves and, of our own runs, the inside of the model.
 
@@ -199,13 +207,15 @@ def run(
     ----------
     path
         a run's folder, or a .csv, .jsonl or trainer_state.json of another trainer
+    vocab_size
+        tokens of the vocabulary, where another trainer's log does not tell: the first loss is held against its ln
     live
         stay and say what appears, until the run ends or Ctrl-C
     """
     if live:
         require(html is None, f"--html {html} has no effect with --live; call again when the run has ended")
-        return importlib.import_module("kobza.recipes.doctor_live").main(path, json)
-    return doctor("run", [path], json, html)
+        return importlib.import_module("kobza.recipes.doctor_live").main(path, vocab_size, json)
+    return doctor("run", [path], json, html, vocab_size=vocab_size)
 
 
 @app.command

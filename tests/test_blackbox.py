@@ -106,7 +106,7 @@ def test_a_bad_gradient_is_named(text, tmp_path, monkeypatch, capsys):
 
     at = {}
     monkeypatch.setattr(recipe, "make_loss", loss_fn_of)
-    monkeypatch.setattr("kobza.doctor.blackbox.make_loss", loss_fn_of)
+    monkeypatch.setattr("kobza.doctor.training.blackbox.make_loss", loss_fn_of)
     at_step(monkeypatch, 12, lambda: at.update(now=True))
     assert "gradient norm is nan at step 13" in fail(text, tmp_path / "run", capsys)
     found = replayed(tmp_path / "run", capsys)["finding"]
@@ -159,7 +159,7 @@ def test_a_disk_too_full_for_the_bundle_still_says_what_failed(text, tmp_path, c
 
     def spoil():
         poison(caught["model"])
-        monkeypatch.setattr("kobza.doctor.blackbox.save_file", full)
+        monkeypatch.setattr("kobza.doctor.training.blackbox.save_file", full)
 
     at_step(monkeypatch, 15, spoil)
     said = fail(text, tmp_path / "run", capsys)

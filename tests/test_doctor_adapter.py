@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kobza.config import InputError
-from kobza.doctor.adapter import CHECKS, facts, open_
+from kobza.doctor.files.adapter import CHECKS, facts, open_
 from kobza.doctor.finding import examine, exit_code
 from kobza.doctor.mutations.adapter import CONTROLS, MUTATIONS, Case, four_bits, made, rounded
 
@@ -131,7 +131,7 @@ def test_odd_values_in_the_config_break_nothing(what, tmp_path):
 
 
 def test_no_torch_is_loaded():
-    code = "import sys, kobza.doctor.adapter; sys.exit('torch' in sys.modules)"
+    code = "import sys, kobza.doctor.files.adapter; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

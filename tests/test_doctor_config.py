@@ -1,4 +1,4 @@
-"""kobza.doctor.config: nothing on clean folders, each injected bug by its own code, hostile folders, the corrected copy."""
+"""kobza.doctor.files.config: nothing on clean folders, each injected bug by its own code, hostile folders, the corrected copy."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import sys
 import time
 import tomllib
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kobza.config import InputError
-from kobza.doctor import config, folder, rope
-from kobza.doctor.config import CHECKS, open_
+from kobza.doctor import explain
+from kobza.doctor.files import config, folder, rope
+from kobza.doctor.files.config import CHECKS, open_
+from kobza.doctor.files.fix import write_fixed
 from kobza.doctor.finding import examine, exit_code
-from kobza.doctor.fix import write_fixed
 from kobza.doctor.mutations import specimens
 from kobza.doctor.mutations.config import CONTROLS, MUTATIONS
 
-CODES = Path(config.__file__).parent / "codes"
+CODES = explain.FOLDER
 ALL = (*specimens.FAMILIES, "gemma1")
 
 
@@ -134,7 +134,7 @@ def test_the_texts_tell_the_worst_severity(found_in):
 def test_without_torch_and_in_time(tmp_path):
     specimens.folder(tmp_path, "llama")
     program = (
-        "import sys; from pathlib import Path; from kobza.doctor import config; from kobza.doctor.finding import examine\n"
+        "import sys; from pathlib import Path; from kobza.doctor.files import config; from kobza.doctor.finding import examine\n"
         "assert not any(f for o in examine(config.CHECKS, config.open_(Path(sys.argv[1]))) for f in o.findings)\n"
         "assert not {'torch', 'transformers', 'tokenizers', 'jinja2'} & set(sys.modules), sys.modules.keys()"
     )

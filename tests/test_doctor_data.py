@@ -12,15 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kobza.config import InputError
-from kobza.doctor import data as area
 from kobza.doctor import selftest
 from kobza.doctor.finding import examine, exit_code
 from kobza.doctor.mutations import data as proof
 from kobza.doctor.mutations.specimens import folder
-from kobza.doctor.overlap import counts_characters, covered, found_in, line_hashes, longest, runs, streamed, words_of
-from kobza.doctor.sources import MASKED, chat_of, open_source
-from kobza.doctor.supervised import marked
-from kobza.doctor.unicode import LOOK_ALIKES, count
+from kobza.doctor.training import data as area
+from kobza.doctor.training.overlap import (
+    counts_characters,
+    covered,
+    found_in,
+    line_hashes,
+    longest,
+    runs,
+    streamed,
+    words_of,
+)
+from kobza.doctor.training.sources import MASKED, chat_of, open_source
+from kobza.doctor.training.supervised import marked
+from kobza.doctor.training.unicode import LOOK_ALIKES, count
 
 
 @pytest.mark.parametrize("control", proof.CONTROLS, ids=lambda control: control.name)
@@ -283,14 +292,14 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
 
 
 def test_a_bomb_of_zeros_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("kobza.doctor.sources.MOST_BYTES", 8 << 20)
+    monkeypatch.setattr("kobza.doctor.training.sources.MOST_BYTES", 8 << 20)
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"a " * (20 << 20), 1))
     source = open_source(tmp_path / "x.txt.gz")
     assert sum(len(block) for block in source.blocks()) <= 12 << 20 and "only its first" in source.notes[0]
 
 
 def test_an_endless_line_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("kobza.doctor.sources.BLOCK", 1 << 16)
+    monkeypatch.setattr("kobza.doctor.training.sources.BLOCK", 1 << 16)
     (tmp_path / "x.txt").write_bytes(b"abcdefghij" * 100_000)
     assert max(map(len, open_source(tmp_path / "x.txt").blocks())) <= 2 << 16
     assert findings(area.open_(tmp_path / "x.txt", tmp_path / "x.txt"))[0].code == "R19"
@@ -336,7 +345,7 @@ def test_it_takes_no_torch(tmp_path):
     path = folder(tmp_path / "qwen", "qwen")
     (tmp_path / "t.txt").write_text(proof.prose(1, 100))
     code = (
-        "import sys, pathlib\nfrom kobza.doctor import data as area\nfrom kobza.doctor.finding import examine\n"
+        "import sys, pathlib\nfrom kobza.doctor.training import data as area\nfrom kobza.doctor.finding import examine\n"
         f"subject = area.open_(pathlib.Path({str(tmp_path / 't.txt')!r}), None, pathlib.Path({str(path)!r}))\n"
         "examine(area.CHECKS, subject), area.facts(subject)\n"
         "assert not {'torch', 'transformers', 'jinja2'} & set(sys.modules)"

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kobza.config import InputError
+from kobza.doctor.files.gguf import CHECKS, facts, open_
+from kobza.doctor.files.gguf_pre import PRE, TEXTS, Speller, pieces, steps_of
+from kobza.doctor.files.gguf_weights import collapsed_share, comparisons, halves, pairs
 from kobza.doctor.finding import Skip, examine
-from kobza.doctor.gguf import CHECKS, facts, open_
-from kobza.doctor.gguf_pre import PRE, TEXTS, Speller, pieces, steps_of
-from kobza.doctor.gguf_weights import collapsed_share, comparisons, halves, pairs
 from kobza.doctor.mutations.gguf import CONTROLS, MUTATIONS, make
 from kobza.doctor.selftest import unproven
 from kobza.formats.gguf import read_gguf, typed, write_gguf
@@ -71,7 +71,7 @@ def test_comparison_covers_every_tensor(tmp_path):
 
 
 def test_large_tensors_are_compared_in_part_and_still_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("kobza.doctor.gguf_weights.MOST_VALUES", 320)
+    monkeypatch.setattr("kobza.doctor.files.gguf_weights.MOST_VALUES", 320)
 
     def change(arrays: dict) -> None:
         arrays["token_embd.weight"][:10] *= -1
@@ -263,7 +263,7 @@ def test_it_is_quick_and_loads_no_torch(tmp_path):
 import sys, time
 from pathlib import Path
 from kobza.doctor.finding import Skip, examine
-from kobza.doctor.gguf import CHECKS, open_
+from kobza.doctor.files.gguf import CHECKS, open_
 examine(CHECKS, open_(Path({str(subject.gguf.path)!r}), Path({str(subject.folder)!r})))
 print(sorted({{"torch", "transformers", "jinja2"}} & set(sys.modules)), time.process_time() < 2)
 """

@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kobza.doctor.battery import CHECKS, facts
 from kobza.doctor.explain import codes
 from kobza.doctor.finding import examine
+from kobza.doctor.models.battery import CHECKS, facts
+from kobza.doctor.models.properties import decoding, positions, precision, reach
+from kobza.doctor.models.properties.objective import judge_target
+from kobza.doctor.models.properties.probe import block_moves, draw_ids
+from kobza.doctor.models.subject import subject_of
 from kobza.doctor.mutations import model as proof
 from kobza.doctor.mutations.model import CONTROLS, FAMILIES, MUTATIONS, FloatScale, model
-from kobza.doctor.properties import decoding, positions, precision, reach
-from kobza.doctor.properties.objective import judge_target
-from kobza.doctor.properties.probe import block_moves, draw_ids
-from kobza.doctor.subject import subject_of
 
 
 def asked(subject):

@@ -9,12 +9,12 @@ import torch
 
 from kobza.config import InputError, ModelConfig
 from kobza.doctor.finding import examine, exit_code
-from kobza.doctor.measure import compare, measure, pick_ids
+from kobza.doctor.models.measure import compare, measure, pick_ids
+from kobza.doctor.models.parity import CHECKS, ParitySubject, facts, open_, plots, tensors_apart
+from kobza.doctor.models.stations import Input, Tap, distance, matched, place, prefix, run
+from kobza.doctor.models.subject import subject_of
 from kobza.doctor.mutations import parity as proof
-from kobza.doctor.parity import CHECKS, ParitySubject, facts, open_, plots, tensors_apart
 from kobza.doctor.selftest import unproven
-from kobza.doctor.stations import Input, Tap, distance, matched, place, prefix, run
-from kobza.doctor.subject import subject_of
 from kobza.model import GPT, build
 
 

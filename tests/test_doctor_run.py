@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kobza.config import InputError
-from kobza.doctor import run as doctor
-from kobza.doctor.curves import read_log
 from kobza.doctor.finding import examine, exit_code
 from kobza.doctor.mutations import run as proof
+from kobza.doctor.training import run as doctor
+from kobza.doctor.training.curves import read_log
 
 MUTATIONS = {f"{m.code} {m.name}": m for m in proof.MUTATIONS}
 
@@ -123,7 +123,7 @@ def test_looking_inside_changes_nothing(tmp_path):
     """The model answers the same before and after, and with the recorders in."""
     import torch
 
-    from kobza.doctor.internals import look_inside
+    from kobza.doctor.training.internals import look_inside
     from kobza.model import build
 
     for config in (
@@ -144,7 +144,7 @@ def test_head_outputs_add_up_to_attention(tmp_path):
     """With one head its share is the whole output of the attention."""
     import torch
 
-    from kobza.doctor.internals import look_inside
+    from kobza.doctor.training.internals import look_inside
     from kobza.model import build
     from kobza.surgery import watch
 
@@ -241,7 +241,7 @@ def test_no_log_breaks_a_rule(tmp_path_factory, made):
 
 def test_a_log_needs_no_torch(tmp_path):
     proof.curve(proof.nothing)(tmp_path, 0, "fp32")
-    code = "import sys, pathlib; from kobza.doctor import run; from kobza.doctor.finding import examine; "
+    code = "import sys, pathlib; from kobza.doctor.training import run; from kobza.doctor.finding import examine; "
     code += (
         f"log = run.open_(pathlib.Path({str(tmp_path / 'log.csv')!r}), 512); examine(run.CHECKS, log); "
         "sys.exit('torch' in sys.modules)"
@@ -292,7 +292,7 @@ def test_attention_that_sees_all_alike_has_full_entropy():
     """Queries of zero: entropy ln(tokens seen), score 0, and the first token gets 1 / tokens seen, of a window nothing."""
     import torch
 
-    from kobza.doctor.internals import look_inside
+    from kobza.doctor.training.internals import look_inside
     from kobza.model import build
 
     for window in (0, 6):

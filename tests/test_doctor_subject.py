@@ -8,11 +8,11 @@ from torch import nn
 
 from kobza.checkpoint import save_checkpoint
 from kobza.config import InputError, ModelConfig, RunConfig
-from kobza.doctor import battery
-from kobza.doctor.battery import CHECKS
 from kobza.doctor.finding import Skip, examine
+from kobza.doctor.models import battery
+from kobza.doctor.models.battery import CHECKS
+from kobza.doctor.models.subject import Stop, find_blocks, open_, subject_of
 from kobza.doctor.mutations.model import FAMILIES, model
-from kobza.doctor.subject import Stop, find_blocks, open_, subject_of
 from kobza.model import build
 from kobza.tokenizer import CharTokenizer
 from kobza.train import next_token_loss

@@ -9,11 +9,11 @@ import pytest
 
 from kobza.config import InputError
 from kobza.doctor import selftest
-from kobza.doctor import template as area
+from kobza.doctor.files import template as area
+from kobza.doctor.files.turns import chunks, conversations, dialogue, rest_after_common, take_apart
 from kobza.doctor.finding import examine, exit_code
 from kobza.doctor.mutations import template as proof
 from kobza.doctor.mutations.specimens import edit, folder
-from kobza.doctor.turns import chunks, conversations, dialogue, rest_after_common, take_apart
 from kobza.formats.template import find_template
 
 
@@ -230,7 +230,7 @@ def test_conversations_are_seeded_and_alternate():
 def test_it_takes_no_torch_and_little_time(tmp_path):
     path = folder(tmp_path / "llama", "llama")
     code = (
-        "import sys, pathlib\nfrom kobza.doctor import template as area\nfrom kobza.doctor.finding import examine\n"
+        "import sys, pathlib\nfrom kobza.doctor.files import template as area\nfrom kobza.doctor.finding import examine\n"
         f"subject = area.open_(pathlib.Path({str(path)!r}))\nexamine(area.CHECKS, subject), area.facts(subject)\n"
         "assert not {'torch', 'transformers', 'jinja2'} & set(sys.modules)"
     )

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kobza.doctor.measure import measure, pick_ids
+from kobza.doctor.models.measure import measure, pick_ids
+from kobza.doctor.models.search import Search, fitted, least_at, measured, windows
+from kobza.doctor.models.stations import Input, place
+from kobza.doctor.models.toggles import base_of, halve, one, pair, rebuilt, shortest, toggles
 from kobza.doctor.mutations import parity as proof
-from kobza.doctor.search import Search, fitted, least_at, measured, windows
-from kobza.doctor.stations import Input, place
-from kobza.doctor.toggles import base_of, halve, one, pair, rebuilt, shortest, toggles
 
 
 def reference_of(family, dtype="fp32", n_tokens=40):

@@ -1,4 +1,4 @@
-"""kobza.doctor.tokenizer: nothing on clean tokenizers, each injected bug by its own code, hostile files, sentencepiece beside."""
+"""doctor/files/tokenizer.py: nothing on clean tokenizers, each injected bug by its own code, hostile files, and sentencepiece."""
 
 import copy
 import json
@@ -9,21 +9,21 @@ import time
 import tomllib
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kobza.config import InputError
-from kobza.doctor import tokenizer
+from kobza.doctor import explain
+from kobza.doctor.files import tokenizer
+from kobza.doctor.files.fix import write_fixed
+from kobza.doctor.files.tokenizer import CHECKS, TEXTS, open_
 from kobza.doctor.finding import examine, exit_code
-from kobza.doctor.fix import write_fixed
 from kobza.doctor.mutations import specimens
 from kobza.doctor.mutations.tokenizer import CONTROLS, MUTATIONS
-from kobza.doctor.tokenizer import CHECKS, TEXTS, open_
 
-CODES = Path(tokenizer.__file__).parent / "codes"
+CODES = explain.FOLDER
 
 
 def findings(subject):
@@ -82,7 +82,7 @@ def test_without_torch_and_in_time(tmp_path):
     specimens.folder(tmp_path, "llama")
     program = (
         "import sys; from pathlib import Path\n"
-        "from kobza.doctor import tokenizer as t; from kobza.doctor.finding import examine\n"
+        "from kobza.doctor.files import tokenizer as t; from kobza.doctor.finding import examine\n"
         "assert not any(f for o in examine(t.CHECKS, t.open_(Path(sys.argv[1]))) for f in o.findings)\n"
         "assert not {'torch', 'transformers', 'tokenizers', 'jinja2'} & set(sys.modules), sys.modules.keys()"
     )

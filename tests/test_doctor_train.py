@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from kobza.config import InputError
-from kobza.doctor import steps, train
 from kobza.doctor.finding import examine, exit_code
 from kobza.doctor.mutations import train as proof
-from kobza.doctor.steps import Subject, open_, without_dropout
-from kobza.doctor.update_equals import one_update
-from kobza.doctor.update_groups import squeezed
+from kobza.doctor.training import steps, train
+from kobza.doctor.training.steps import Subject, open_, without_dropout
+from kobza.doctor.training.update_equals import one_update
+from kobza.doctor.training.update_groups import squeezed
 
 MUTATIONS = {f"{m.code} {m.name}": m for m in proof.MUTATIONS}
 SLOW = {

@@ -64,7 +64,8 @@ def summary(outcomes: tuple[Outcome, ...]) -> list[tuple[str, str]]:
     """Counts of checks and findings as (name, text)."""
     checks = [(status, sum(o.status == status for o in outcomes)) for status in ("ran", "skipped", "failed")]
     found = [(WORDS[s], sum(f.severity == s for o in outcomes for f in o.findings)) for s in SEVERITIES]
-    return [(f"checks {name}", str(n)) for name, n in checks] + [(f"{name}s".lower(), str(n)) for name, n in found]
+    plural = [(f"{name.lower()}{'s' * (n != 1)}", str(n)) for name, n in found]
+    return [(f"checks {name}", str(n)) for name, n in checks] + plural
 
 
 def to_json(examinations: list[Examination], suppressed: dict[str, int]) -> dict[str, Any]:

@@ -18,18 +18,18 @@ from types import ModuleType
 from kobza.doctor.finding import Outcome, examine
 from kobza.doctor.mutations.proof import Control, Mutation
 
-# area -> the module with its checks. The first five read files only and load no torch.
+# area -> the module with its checks, in the order in which selftest goes through them
 AREAS = {
-    "config": "config",
-    "tokenizer": "tokenizer",
-    "template": "template",
-    "gguf": "gguf",
-    "data": "data",
-    "model": "battery",
-    "parity": "parity",
-    "train": "train",
-    "run": "run",
-    "adapter": "adapter",
+    "config": "files.config",
+    "tokenizer": "files.tokenizer",
+    "template": "files.template",
+    "gguf": "files.gguf",
+    "data": "training.data",
+    "model": "models.battery",
+    "parity": "models.parity",
+    "train": "training.train",
+    "run": "training.run",
+    "adapter": "files.adapter",
 }
 
 

@@ -134,7 +134,7 @@ def write_files(done: list[Examination], html: Path | None, fix: Path | None, pl
         places = [plot, *(plot.with_stem(f"{plot.stem}-{n}") for n in range(2, len(svgs) + 1))]
         written += [str(write_whole(place, svg)) for place, svg in zip(places, svgs, strict=True)]
     if fix:
-        from kobza.doctor.fix import write_fixed
+        from kobza.doctor.files.fix import write_fixed
 
         findings = [finding for examination in done for finding in examination.findings]
         written += write_fixed(Path(done[0].subject), findings, fix)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kobza.doctor.run import follow
+from kobza.doctor.training.run import follow
 from kobza.recipes.doctor import print_finding
 
 
-def main(path: Path, as_json: bool) -> int:
+def main(path: Path, vocab_size: int, as_json: bool) -> int:
     """Print findings until the run ends or Ctrl-C -> exit code 1 where an error was proven."""
     console, proven = Console(highlight=False, markup=False), False
     if not as_json:
         console.print(f"kobza doctor run {path}: watching; Ctrl-C ends")
     try:
-        for finding in follow(path):
+        for finding in follow(path, vocab_size=vocab_size):
             proven |= finding.severity == "error"
             if as_json:
                 print(json.dumps(asdict(finding)), flush=True)  # one line each: a script reads as they come

@@ -90,3 +90,11 @@ def print_selftest(done: list[Trial], holes: dict[str, list[str]]) -> None:
     console.print(
         f"detection {share} ({r.caught} of {r.injected}, at least 95%); false alarms {r.alarms} of {r.clean} (0 allowed)"
     )
+
+
+def contract() -> int:
+    """Print what `kobza doctor train` asks of make_step -> exit code."""
+    from kobza.doctor.training.steps import CONTRACT  # with torch
+
+    print(CONTRACT, end="")
+    return 0

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from kobza.doctor.blackbox import replay
+from kobza.doctor.training.blackbox import replay
 
 
 def main(path: Path, as_json: bool) -> int:

@@ -24,7 +24,7 @@ from kobza.config import RunConfig, TrainConfig, require
 from kobza.data import Batches, Tokens, bytes_per_token, eval_batches, overlap
 from kobza.describe.parts import training_bytes
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
-from kobza.doctor.blackbox import record_failure, refuse_spoiled
+from kobza.doctor.training.blackbox import record_failure, refuse_spoiled
 from kobza.hub.encodings import find_tokenizer
 from kobza.hub.shakespeare import default_text
 from kobza.kernels import fused as fused_blocks

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kobza.doctor.adapter import Adapter, open_
+from kobza.doctor.files.adapter import Adapter, open_
 from kobza.doctor.mutations.proof import Control, Mutation
 
 Arrays = dict[str, np.ndarray]

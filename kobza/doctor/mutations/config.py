@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kobza.doctor import folder as folders
+from kobza.doctor.files import folder as folders
 from kobza.doctor.mutations import specimens
 from kobza.doctor.mutations.proof import Control, Mutation
 from kobza.doctor.mutations.specimens import edit, edit_tensors

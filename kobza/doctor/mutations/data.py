@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from kobza.doctor.data import DataSubject, open_
 from kobza.doctor.mutations.proof import Control, Mutation
 from kobza.doctor.mutations.specimens import folder
-from kobza.doctor.sources import MASKED
+from kobza.doctor.training.data import DataSubject, open_
+from kobza.doctor.training.sources import MASKED
 
 SYLLABLES = {
     "en": "ba ce di fo gu ha je ki lo mu na pe ri so tu va we yo zi chi sta pre on er ing".split(),

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from kobza.config import ModelConfig
-from kobza.doctor.gguf_header import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, GgufSubject, hf_adds_bos, open_
-from kobza.doctor.gguf_weights import halves, ours, pairs
+from kobza.doctor.files.gguf_header import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, GgufSubject, hf_adds_bos, open_
+from kobza.doctor.files.gguf_weights import halves, ours, pairs
 from kobza.doctor.mutations.proof import Control, Mutation
 from kobza.doctor.mutations.specimens import FAMILIES, edit, edit_tensors, folder
 from kobza.formats.families import Slot, layout_by_names, layout_of, llama3_slowdown, prefix_of, shapes, slots

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kobza.config import ModelConfig
+from kobza.doctor.models.subject import Subject, subject_of
 from kobza.doctor.mutations.proof import Control, Make, Mutation
-from kobza.doctor.subject import Subject, subject_of
 from kobza.layers import Embedding, Rope
 from kobza.model import GPT, View, build
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kobza.config import ModelConfig
+from kobza.doctor.models.parity import ParitySubject
+from kobza.doctor.models.subject import subject_of
+from kobza.doctor.models.toggles import Toggle, base_of, halve, laid_out, rebuilt, rough
 from kobza.doctor.mutations.proof import Control, Mutation
-from kobza.doctor.parity import ParitySubject
-from kobza.doctor.subject import subject_of
-from kobza.doctor.toggles import Toggle, base_of, halve, laid_out, rebuilt, rough
 from kobza.layers import widen
 from kobza.model import GPT, build
 
@@ -335,7 +335,7 @@ PAIRS = (
 
 def placed(model: GPT) -> GPT:
     """Norms after the sums, as in 2017; the last one goes."""
-    from kobza.doctor.toggles import moved
+    from kobza.doctor.models.toggles import moved
 
     return twin(model, tensors=moved("output"), norm_place="output")
 

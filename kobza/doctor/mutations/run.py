@@ -16,9 +16,9 @@ import torch
 
 from kobza.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from kobza.data import Batches, bytes_per_token, eval_batches
-from kobza.doctor.curves import Log
 from kobza.doctor.mutations.proof import Control, Mutation
-from kobza.doctor.run import open_
+from kobza.doctor.training.curves import Log
+from kobza.doctor.training.run import open_
 from kobza.log import MetricsLog
 from kobza.loss import make_loss
 from kobza.model import GPT, build

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kobza.doctor.files.template import TemplateSubject, open_
 from kobza.doctor.mutations.proof import Control, Mutation
 from kobza.doctor.mutations.specimens import edit, folder
-from kobza.doctor.template import TemplateSubject, open_
 
 Edit = Callable[[Path], Any]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kobza.doctor import tokenizer
-from kobza.doctor.folder import bos_patch
+from kobza.doctor.files import tokenizer
+from kobza.doctor.files.folder import bos_patch
 from kobza.doctor.mutations.proof import Control, Mutation
 from kobza.doctor.mutations.specimens import FAMILIES, LLAMA_SPLIT, QWEN_SPLIT, edit, folder
 

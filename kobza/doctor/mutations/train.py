@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kobza.config import ModelConfig, TrainConfig
 from kobza.doctor.mutations.proof import Control, Mutation
-from kobza.doctor.steps import Subject, open_
+from kobza.doctor.training.steps import Subject, open_
 from kobza.model import build
 from kobza.optim import make_optimizers, schedule, set_lr
 from kobza.train import IGNORE, evaluate, next_token_loss, train_step

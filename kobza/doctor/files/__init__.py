@@ -1,0 +1,1 @@
+"""Checks of files alone: config, tokenizer, template, GGUF, adapter. No torch, nothing executed."""
