@@ -194,7 +194,7 @@ def chat(
 ) -> int:
     """Talk with a model by turns; one without a chat template continues each of your lines, the text so far in view.
 
-    A pulled model brings its own defaults of sampling; one that has none is asked at temperature 0.2 and top-p 0.9.
+    A pulled model brings its own defaults of sampling; one that has none says its likeliest words (temperature 0).
 
     Parameters
     ----------

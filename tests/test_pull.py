@@ -25,9 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from kobza.checkpoint import load_checkpoint
+from kobza.checkpoint import load_checkpoint, save_checkpoint
 from kobza.cli import main
-from kobza.config import InputError, ModelConfig
+from kobza.config import InputError, ModelConfig, RunConfig
+from kobza.device import Runtime
 from kobza.doctor.mutations import specimens
 from kobza.formats import small
 from kobza.formats.chat import ChatEncoder, encode_chat
@@ -1047,3 +1048,15 @@ def test_smollm2_of_its_package_agrees_with_transformers_and_llama_cpp(home, tmp
     apart = [abs(token["logprob"] - ours[-1, token["id"]].item()) for token in top]
     assert max(apart[:8]) < 0.6 and sum(apart) / len(apart) < 0.3  # 0.28 and 0.15 seen over six prompts
     assert len({token["id"] for token in top} & set(ours[-1].topk(20).indices.tolist())) >= 15
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype"), [({"float32": 9}, torch.float32), ({"bfloat16": 9}, torch.bfloat16), ({}, torch.bfloat16)]
+)
+def test_weights_that_bf16_would_change_generate_in_float32(kept, dtype, tmp_path, monkeypatch):
+    config = ModelConfig(vocab_size=256, n_layer=1, n_embd=16, n_head=2)
+    save_checkpoint(tmp_path / "one", build(config), RunConfig(model=config), ByteTokenizer(), {"kept": kept})
+    monkeypatch.setattr(generation, "CACHE_BYTES", 0)  # as if it were large
+    monkeypatch.setattr(generation, "make_runtime", lambda *_: Runtime(torch.device("cpu"), "bf16"))
+    loaded = generation.open_model(tmp_path / "one", "cpu", "auto", None)
+    assert loaded.model.embed.weight.dtype == dtype

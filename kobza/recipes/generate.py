@@ -64,12 +64,14 @@ def main(
 def open_model(path: Path, device: str, precision: str, unknown: str | None) -> Loaded:
     """The model behind a run, a checkpoint or a pulled model's name, in the number format to generate in. "auto" takes bf16
     where it is the faster: on a GPU that has it, and on a CPU that has it for weights beyond its cache, which every token
-    reads whole."""
+    reads whole; but a pulled model whose weights bf16 would change stays what was released."""
     runtime = make_runtime(device, "auto")
     loaded = load_checkpoint(find_model(path), runtime.device, unknown)
     on_cpu, weights = runtime.device.type == "cpu", 4 * n_parameters(loaded.model)
+    changed = "float32" in loaded.provenance.get("kept", {})
     if precision == "auto":
-        precision = "fp32" if runtime.precision != "bf16" or (on_cpu and weights <= CACHE_BYTES) else "bf16"
+        small = on_cpu and weights <= CACHE_BYTES
+        precision = "fp32" if runtime.precision != "bf16" or small or changed else "bf16"
     if precision == "bf16" and on_cpu and packed.supports(loaded.model):
         packed.use(loaded.model)
     elif precision == "bf16":
