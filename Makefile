@@ -25,7 +25,7 @@ demo: .venv/installed
 	.venv/bin/kobza demo
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: dev
 	.venv/bin/python -m ruff check .

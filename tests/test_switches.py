@@ -741,7 +741,7 @@ NO_FUNCTION = {
 }
 
 
-@pytest.mark.parametrize("field", set(SECOND) - set(NO_FUNCTION), ids=str)
+@pytest.mark.parametrize("field", sorted(set(SECOND) - set(NO_FUNCTION)), ids=str)
 def test_every_switch_is_felt(field):
     """Whatever is accepted does something: another number of weights, another start, or another function of the same weights."""
     value, needs = SECOND[field]
