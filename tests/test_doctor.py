@@ -188,3 +188,18 @@ def test_files_are_read_without_torch_and_soon(area, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["exit_code"] == 0
     assert float(done.stderr.split()[-1]) < 10  # 2 s is the bar on a quiet machine; a busy one is no bug
+
+
+def test_fix_writes_a_copy_that_is_well_or_says_that_there_is_nothing_to_write(tmp_path, capsys):
+    from kobza.doctor.mutations.specimens import folder
+
+    good, bad = folder(tmp_path / "good", "gemma"), folder(tmp_path / "bad", "gemma")
+    config = json.loads((bad / "config.json").read_text())
+    del config["head_dim"]
+    (bad / "config.json").write_text(json.dumps(config))
+    assert main(["doctor", "config", str(bad), "--fix", str(tmp_path / "fixed")]) == 1
+    assert "written: config.json: head_dim 8, was absent (G9)" in capsys.readouterr().out
+    assert "head_dim" not in json.loads((bad / "config.json").read_text())  # the original is not touched
+    assert json.loads((tmp_path / "fixed" / "config.json").read_text())["head_dim"] == 8
+    assert main(["doctor", "config", str(good), "--fix", str(tmp_path / "none")]) == 0
+    assert "nothing into" in capsys.readouterr().out and not (tmp_path / "none").exists()

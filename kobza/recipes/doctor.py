@@ -137,7 +137,8 @@ def write_files(done: list[Examination], html: Path | None, fix: Path | None, pl
         from kobza.doctor.files.fix import write_fixed
 
         findings = [finding for examination in done for finding in examination.findings]
-        written += write_fixed(Path(done[0].subject), findings, fix)
+        lines = write_fixed(Path(done[0].subject), findings, fix)
+        written += lines or [f"nothing into {fix}: no finding has a remedy that could be written mechanically"]
     return written
 
 
