@@ -262,3 +262,20 @@ def test_parts_of_an_answer_are_told_from_a_wrong_header(prompt, history, found,
     path.write_text(CHANNELS.replace("PROMPT", prompt).replace("HISTORY", history))
     outcomes = examine([check for check in area.CHECKS if "C1" in check.codes], area.open_(path))
     assert [(f.code, f.severity) for o in outcomes for f in o.findings] == found
+
+
+def test_a_tokenizer_that_runs_away_or_falls_over_does_not_take_the_template_with_it(tmp_path, monkeypatch):
+    from kobza.doctor.files import coder
+
+    path = folder(tmp_path / "qwen", "qwen")
+    good = area.open_(path).tokens
+    assert good.encode("<|im_end|>") and good.show(good.encode("<|im_end|>")) == ["<|im_end|>"]
+    for code in ("import sys; [None for _ in sys.stdin]", "import os; os.abort()", "while True: pass"):
+        (tmp_path / "encoder.py").write_text(code)
+        monkeypatch.setattr(coder, "__file__", str(tmp_path / "coder.py"))
+        monkeypatch.setattr(coder, "SECONDS", 0.5)
+        start = time.perf_counter()
+        subject = area.open_(path)
+        assert subject.tokens.encode is None and time.perf_counter() - start < 10
+        outcomes = examine(area.CHECKS, subject)
+        assert "skipped" in {o.status for o in outcomes} and not any(o.findings for o in outcomes)

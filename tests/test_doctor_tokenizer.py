@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kobza.config import InputError
 from kobza.doctor import explain
-from kobza.doctor.files import tokenizer
+from kobza.doctor.files import coder, tokenizer
 from kobza.doctor.files.fix import write_fixed
 from kobza.doctor.files.tokenizer import CHECKS, TEXTS, open_
 from kobza.doctor.finding import examine, exit_code
@@ -286,7 +286,7 @@ def test_a_pattern_that_runs_away_is_borne(tmp_path):
 def test_a_tokenizer_without_end_is_stopped(tmp_path, monkeypatch):
     path = specimens.folder(tmp_path, "llama")
     (tmp_path / "encoder.py").write_text("while True: pass")
-    monkeypatch.setattr(tokenizer, "__file__", str(tmp_path / "tokenizer.py"))
+    monkeypatch.setattr(coder, "__file__", str(tmp_path / "coder.py"))
     monkeypatch.setattr(tokenizer, "SECONDS", 0.5)
     start = time.perf_counter()
     with pytest.raises(InputError, match="took over 0.5 s"):
@@ -298,7 +298,7 @@ def test_a_tokenizer_that_brings_its_process_down_is_told_of(tmp_path, monkeypat
     path = specimens.folder(tmp_path, "llama")
     killer = tmp_path / "encoder.py"
     killer.write_text("import os; os.abort()")
-    monkeypatch.setattr(tokenizer, "__file__", str(tmp_path / "tokenizer.py"))
+    monkeypatch.setattr(coder, "__file__", str(tmp_path / "coder.py"))
     with pytest.raises(InputError, match="brought its process down"):
         open_(path)
 

@@ -3,7 +3,8 @@
 Run as a script (`python -I -S -B encoder.py FOLDER`), never imported: it needs the `tokenizers` library alone, whose folder is
 the argument, or `sentencepiece` for a tokenizer.model. A pattern in a tokenizer.json can take for ever on a short text, a large
 vocabulary can ask for all memory, the library can bring its process down: here that ends this process only. One request on
-stdin, one answer on stdout, both JSON: {"file" or "pieces", "texts", ...} -> {"plain": ids, ...} or {"error"}.
+stdin, one answer on stdout, both JSON: {"file" or "pieces", "texts", ...} -> {"plain": ids, ...} or {"error"}; with "serve",
+one answer a line.
 """
 
 import json
@@ -75,10 +76,33 @@ def pieces(request):
     return {"plain": [model.encode(text) for text in request["texts"]]}
 
 
+def serve(request):
+    """One answer a line from now on: {"text", "special"} -> {"ids"}, {"ids"} -> {"names"}."""
+    tokenizer, broken = None, ""
+    try:
+        tokenizer = load(request)
+    except BaseException as error:
+        broken = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        try:
+            if tokenizer is None:
+                answer = {"error": broken}
+            elif "ids" in asked:
+                answer = {"names": [tokenizer.id_to_token(i) for i in asked["ids"]]}
+            else:
+                answer = {"ids": tokenizer.encode(asked["text"], add_special_tokens=asked["special"]).ids}
+        except BaseException as error:
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        print(json.dumps(answer), flush=True)
+
+
 def main():
     sys.path[:0] = sys.argv[1:]
     fence()
-    request = json.loads(sys.stdin.buffer.read())
+    request = json.loads(sys.stdin.buffer.readline())
+    if "serve" in request:
+        return serve(request)
     try:
         answer = pieces(request) if "pieces" in request else coded(request)
     except BaseException as error:  # a panic of the library is no Exception

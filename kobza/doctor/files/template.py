@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from kobza.config import InputError, require
+from kobza.doctor.files.coder import Coder
 from kobza.doctor.files.turns import (
     CONTROL,
     SYSTEM,
@@ -200,6 +201,8 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
 
 def _folder_tokens(folder: Path) -> tuple[Tokens | None, list[str] | None]:
     """What tokenizer.json, tokenizer_config.json and generation_config.json say, as far as they are there."""
+    file = inside(folder, "tokenizer.json")
+    coder = Coder(file) if file else None  # it loads while this process reads the same file
     config, whole = _json(folder, "tokenizer_config.json"), _json(folder, "tokenizer.json")
     added = whole.get("added_tokens")
     listed = [token for token in (added if isinstance(added, list) else []) if isinstance(token, dict)]
@@ -215,28 +218,20 @@ def _folder_tokens(folder: Path) -> tuple[Tokens | None, list[str] | None]:
             ends = [names.get(str(i), f"id {i}") for i in (given if isinstance(given, list) else [given])]
     if ends is None and token_text(config.get("eos_token")):
         ends = [token_text(config.get("eos_token"))]
-    encode, show, adds = _library(folder, token_text(config.get("bos_token")))
-    return Tokens(frozenset(names.values()), token_text(config.get("bos_token")), adds, encode, show), ends
-
-
-def _library(folder: Path, bos: str) -> tuple[Any, Any, bool | None]:
-    """encode, show and adds_bos by the `tokenizers` library, which reads a tokenizer.json and runs nothing of it."""
-    file = inside(folder, "tokenizer.json")
-    if file is None:
-        return None, None, None
-    from tokenizers import Tokenizer
-
+    bos, known = token_text(config.get("bos_token")), frozenset(names.values())
     try:
-        tokenizer = Tokenizer.from_str(read_text(file))
-        first = tokenizer.encode("zq").ids[:1]
-    except Exception:  # its own checks are tokenizer.py's
-        return None, None, None
-    adds = bool(bos) and first == [tokenizer.token_to_id(bos)]
-    return (
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        lambda ids: [tokenizer.id_to_token(i) or f"id {i}" for i in ids],
-        adds,
-    )
+        adds = _adds(coder, bos)
+    except InputError:  # tokenizer.py says what is wrong with it
+        coder = adds = None
+    return Tokens(known, bos, adds, coder and coder.ids, coder and coder.names), ends
+
+
+def _adds(coder: Coder | None, bos: str) -> bool | None:
+    """Whether plain text gets the beginning put before it; None where nothing tells."""
+    if coder is None:
+        return None
+    first = coder.ids("zq", special=True)[:1]  # asked in any case: a tokenizer that fails must fail here
+    return bool(bos) and coder.names(first) == [bos]
 
 
 def _gguf_tokens(path: Path) -> tuple[Tokens | None, list[str] | None]:

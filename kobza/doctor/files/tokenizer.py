@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kobza.config import InputError, require
+from kobza.doctor.files.coder import SECONDS, command
 from kobza.doctor.files.folder import (
     Folder,
     added_tokens,
@@ -33,7 +33,6 @@ from kobza.doctor.files.folder import (
 from kobza.doctor.finding import Check, Finding, Skip
 from kobza.formats.headers import inside
 
-SECONDS = 20.0
 SAMPLED = 2000  # lines of --corpus
 
 NFC = "й ї é"
@@ -157,13 +156,11 @@ def encode(file: Path, texts: Sequence[str], **more: Any) -> Coded:
 
 def ask(request: dict[str, Any], library: str) -> dict[str, Any]:
     """The answer of encoder.py, killed after SECONDS."""
-    spec = importlib.util.find_spec(library)
-    require(spec is not None, f'{library} is not installed; pip install "kobza[sentencepiece]"')
-    home = str(Path(str(spec.origin)).parents[1])  # type: ignore[union-attr]
-    command = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("encoder.py")), home]
     name = request.get("pieces", request.get("file"))
     try:
-        done = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=SECONDS)
+        done = subprocess.run(
+            command(library), input=json.dumps(request).encode() + b"\n", capture_output=True, timeout=SECONDS
+        )
         answer = json.loads(done.stdout)
         assert isinstance(answer, dict)
         return answer
