@@ -7,7 +7,6 @@ when the context is full the oldest turns are forgotten. A model without one con
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from kobza.formats.template import ChatTemplate
 from kobza.recipes.generate import check_stops, limits, open_model, write_text
 
 PARAGRAPH = "\n\n"  # a model trained on plays ends a speech with an empty line
-Write = Callable[[list[int], SampleConfig], str]
 
 
 def main(

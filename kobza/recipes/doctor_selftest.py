@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 
 from rich.console import Console
@@ -47,20 +46,15 @@ def selftest(areas: list[str], seeds: int, as_json: bool) -> int:
     console, done, holes = Console(stderr=True), [], {}
     with console.status("") as status:
         for area in areas or list(AREAS):
-            see: Callable[[Trial], None] = lambda t: status.update(f"{t.area}: {t.name}")  # noqa: E731
-            done += trials(area, seeds, see)
-            holes |= {area: unproven(area)} if unproven(area) else {}
+            for trial in trials(area, seeds):
+                status.update(f"{area}: {trial.name}")
+                done.append(trial)
+            if missing := unproven(area):
+                holes[area] = missing
     good = rates(done).good and not holes
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "trials": [asdict(t) | {"good": t.good} for t in done],
-                    "rates": asdict(rates(done)),
-                    "unproven": holes,
-                }
-            )
-        )
+        rows = [asdict(trial) | {"good": trial.good} for trial in done]
+        print(json.dumps({"trials": rows, "rates": asdict(rates(done)), "unproven": holes}))
     else:
         print_selftest(done, holes)
     return 0 if good else 1

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from kobza.checkpoint import load_checkpoint
-from kobza.config import InputError, require
+from kobza.config import require
 from kobza.device import make_runtime
 from kobza.hub.store import find_model
 from kobza.pages.shell import write_whole
@@ -40,8 +40,7 @@ def main(path: Path, prompt: str, temperature: float, out: Path | None, device: 
         print(json.dumps({"tokens": tokens, "ids": ids, "next": rows, "lens": lens, "attention": maps}))
         return 0
     page = out or Path("trace.html")
-    if page.is_dir():
-        raise InputError(f"--out {page} is a folder; name a file, for example {page / 'trace.html'}")
+    require(not page.is_dir(), f"--out {page} is a folder; name a file, for example {page / 'trace.html'}")
     write_whole(page, render(trace, tokens, tokenizer.show, temperature, f"{path}: {prompt}", LENS_TOKENS))
     print(f"{page}: {len(ids)} tokens, {len(trace.attention)} attentions; open it in a browser")
     return 0

@@ -12,7 +12,6 @@ from kobza.doctor.models import subject as subjects
 from kobza.doctor.models.properties import causality, decoding, objective, positions, precision, reach, released
 from kobza.doctor.models.subject import Subject
 
-AREA = "model"
 SMALL = 30_000_000  # weights up to which the whole model is asked: seconds on two cores
 CHECKS: tuple[Check, ...] = (
     Check("R1 G11", "M1 causality: the future does not move the past", causality.causality),
@@ -61,4 +60,4 @@ def facts(subject: Subject) -> dict[str, list[list[str]]]:
     return {title: table for title, table in tables.items() if len(table) > 1}
 
 
-__all__ = ["AREA", "CHECKS", "facts", "open_"]
+__all__ = ["CHECKS", "facts", "open_"]

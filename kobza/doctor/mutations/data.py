@@ -215,8 +215,6 @@ def _same(train: str, val: str) -> tuple[str, str]:
     return train, val
 
 
-MIXED_UP = {"і": "i", "с": "c", "о": "o", "а": "a"}
-
 CONTROLS: tuple[Control, ...] = (
     Control("two texts", _texts(_same)),
     Control("two Ukrainian texts", _texts(_same, "uk")),

@@ -279,7 +279,6 @@ class Record:
     calls: list[str] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    under_autocast: bool = False
     optimizer_autocast: bool = False
     softmax_in: list[tuple[torch.dtype, float, float]] = field(default_factory=list)
 
@@ -344,7 +343,6 @@ def see_input(record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     values = [kwargs["input_ids"]] if "input_ids" in kwargs else [*args, *kwargs.values()]
     ids = [v for v in values if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()]
     record.inputs += ids[:1]
-    record.under_autocast |= torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def see_logits(record: Record, output: Any, width: int) -> None:
