@@ -110,12 +110,12 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def verify(folder: Path) -> None:
-    """Raise InputError unless every file of a checkpoint is as long as written and has the same sha256."""
+def verify(folder: Path, holds: str = "model.safetensors") -> None:
+    """Raise InputError unless every file of a checkpoint, `holds` among them, is as long as written with the same sha256."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         items = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
-        manifest["model.safetensors"], manifest["config.json"]  # never without
+        manifest[holds], manifest["config.json"]  # never without
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{folder}: not a checkpoint: manifest.json is missing or damaged; name another") from None
     for name, n_bytes, sha256 in items:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import importlib
 import os
 import sys
 from dataclasses import fields, replace
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
-from kobza import __version__, cli_doctor
+from kobza import __version__, cli_doctor, cli_tune
 from kobza.config import (
     EFFECTS,
     SECTIONS,
@@ -37,6 +36,7 @@ from kobza.config import (
     upgraded,
     without_idle,
 )
+from kobza.recipes import recipe
 
 DEFAULT_PRESET = "demo"
 
@@ -56,14 +56,6 @@ Hyphened = Annotated[str, Parameter(allow_leading_hyphen=True)]  # "-" is standa
 Stops = Annotated[list[str] | None, Parameter(allow_leading_hyphen=True, negative="")]
 Precision = Literal["auto", "fp32", "bf16"]
 Json = Annotated[bool, Parameter(negative="", help="print one JSON object instead of a table")]
-
-
-def recipe(name: str) -> Any:
-    """The module kobza.recipes.<name>, imported now."""
-    # Waiting threads spin; beside a busy process the default spin makes a step 7 times slower, this one 2 times (docs/LOG.md).
-    # The OpenMP library reads it once, when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    return importlib.import_module(f"kobza.recipes.{name}")
 
 
 @app.command
@@ -295,15 +287,23 @@ def describe(what: str = DEFAULT_PRESET, /, *, json: Json = False) -> int:
 
 
 @app.command
-def data(name: Literal["shakespeare"] = "shakespeare", /, *, json: Json = False) -> int:
-    """Fetch and prepare a text that kobza knows -> the path of the file.
+def data(
+    name: Literal["shakespeare", "titanic", "glosses"] = "shakespeare",
+    /,
+    *,
+    out: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Fetch and prepare a text or table that kobza knows -> the path of the file.
 
     Parameters
     ----------
     name
-        the text
+        shakespeare: eight plays, to train on; titanic: 1,309 passengers; glosses: what functions do, and their names
+    out
+        also copy it here
     """
-    return recipe("data").main(name, json)
+    return recipe("data").main(name, out, json)
 
 
 @app.command
@@ -429,6 +429,10 @@ def lab_report(*folders: Path, summary: Path | None = None, json: Json = False) 
 
 
 app.command(cli_doctor.app)
+app.command(cli_tune.finetune)
+app.command(cli_tune.merge)
+app.command(cli_tune.plan)
+cli_tune.plan.command(cli_tune.plan_finetune, name="finetune")
 
 
 @app.command
@@ -514,6 +518,9 @@ class Presets:
         given = {a.name: a.tokens[0].value or "true" for a in arguments if a.tokens and a.name.startswith("--")}
         for values, source in self.sources(given) if commands == ("train",) else ():
             self.fill(arguments, self.flatten(self.fitting(values, arguments, source)), source)
+        if commands in (("finetune",), ("plan", "finetune")):
+            for values, source in cli_tune.defaults(given):
+                self.fill(arguments, values, source)
         if commands == ("chat",):
             runs = [token.value for argument in arguments if argument.name == "RUN" for token in argument.tokens]
             self.fill(arguments, chat_sampling(runs), "the model's own defaults")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from kobza.config import require
+from kobza.recipes import recipe
 
 app = App(
     name="doctor",
@@ -25,7 +25,7 @@ Fix = Annotated[
 
 def doctor(*arguments: Any, **settings: Any) -> int:
     """Call the recipe."""
-    return importlib.import_module("kobza.recipes.doctor").main(*arguments, **settings)
+    return recipe("doctor").main(*arguments, **settings)
 
 
 @app.default
@@ -37,7 +37,7 @@ def guess(path: str, /, *, json: Json = False, html: Html = None, fix: Fix = Non
     path
         a file, a folder, a pulled model's name or package.module:callable
     """
-    return importlib.import_module("kobza.recipes.doctor").guess(path, json, html, fix)
+    return recipe("doctor").guess(path, json, html, fix)
 
 
 @app.command
@@ -187,7 +187,7 @@ def train(step: str | None = None, /, *, json: Json = False, html: Html = None) 
         module:make_step or file.py:make_step, which runs your code; without it, say what make_step returns
     """
     if step is None:
-        return importlib.import_module("kobza.recipes.doctor_selftest").contract()
+        return recipe("doctor_selftest").contract()
     return doctor("train", [step], json, html)
 
 
@@ -214,7 +214,7 @@ def run(
     """
     if live:
         require(html is None, f"--html {html} has no effect with --live; call again when the run has ended")
-        return importlib.import_module("kobza.recipes.doctor_live").main(path, vocab_size, json)
+        return recipe("doctor_live").main(path, vocab_size, json)
     return doctor("run", [path], json, html, vocab_size=vocab_size)
 
 
@@ -243,7 +243,7 @@ def explain(code: str | None = None, /, *, json: Json = False) -> int:
     code
         for example G8
     """
-    return importlib.import_module("kobza.recipes.doctor_selftest").tell(code, json)
+    return recipe("doctor_selftest").tell(code, json)
 
 
 @app.command
@@ -257,4 +257,4 @@ def selftest(*areas: str, seeds: int = 3, json: Json = False) -> int:
     seeds
         draws of each clean control
     """
-    return importlib.import_module("kobza.recipes.doctor_selftest").selftest(list(areas), seeds, json)
+    return recipe("doctor_selftest").selftest(list(areas), seeds, json)

@@ -23,7 +23,7 @@ from kobza.optim import schedule, set_lr
 
 IGNORE = -100  # a target that is not learned; torch's own default for cross_entropy
 
-Batch = tuple[Tensor, Tensor]  # inputs (B, T) and targets (B, T), int64; a target of IGNORE is not learned
+Batch = tuple[Tensor, ...]  # inputs, targets (B, T), int64, and what else a loss reads; a target of IGNORE is not learned
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> summed loss in nats, number of targets; 0-d
 
 
@@ -127,7 +127,7 @@ def train(
         except ArithmeticError as error:
             what, value = error.args
             raise NonFinite(step + 1, what, value, window, rng) from None
-        tokens = sum(inputs.numel() for inputs, _ in window)
+        tokens = sum(batch[0].numel() for batch in window)
         yield Step(step + 1, loss, grad_norm, multiplier(step), tokens, time.perf_counter() - started)
 
 

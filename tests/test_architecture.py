@@ -13,7 +13,7 @@ import kobza
 PACKAGE = Path(kobza.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
 CORE = sorted(
-    path for path in PACKAGE.glob("*.py") if path.name not in ("cli.py", "cli_doctor.py", "__main__.py", "__init__.py")
+    path for path in PACKAGE.glob("*.py") if path.name not in ("cli.py", "cli_doctor.py", "cli_tune.py", "__main__.py", "__init__.py")
 )
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 

@@ -46,7 +46,7 @@ from kobza.hub.spm import CHECKS
 from kobza.hub.wheel import Unavailable
 from kobza.model import build
 from kobza.recipes import generate as generation
-from kobza.recipes.chat import template_of
+from kobza.recipes.tuned import template_of
 from kobza.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, load_tokenizer
 
 COMMIT = "c0ffee" + "0" * 34
@@ -1026,7 +1026,7 @@ def test_smollm2_of_its_package_agrees_with_transformers_and_llama_cpp(home, tmp
     loaded = load_checkpoint(home / "smollm2")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
     asked = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = encode_chat(template_of(loaded), loaded.tokenizer, asked, True)
+    ids = encode_chat(template_of(loaded.provenance, loaded.folder), loaded.tokenizer, asked, True)
     with torch.inference_mode():
         ours = loaded.model(torch.tensor([ids]))[0].log_softmax(-1)
         reference = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -37,6 +37,8 @@ class Wheel:
     name: str
     version: str
     sha256: str
+    options: tuple[str, ...] = ()
+    """of pip, where the file is one of several: its platform, say"""
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -46,7 +48,7 @@ def download(wheel: Wheel, folder: Path, timeout_seconds: float = TIMEOUT_SECOND
     """Path of the wheel's file in an empty folder, checked. Raises Unavailable with the remedy."""
     command = [*pip_command(), "download", "--quiet", "--no-deps", "--no-input", "--disable-pip-version-check"]
     command += ["--only-binary=:all:"]  # a source archive would run its setup.py to tell its name
-    command += ["--retries", "1", "--timeout", "15", "--dest", ".", f"{wheel.name}=={wheel.version}"]
+    command += ["--retries", "1", "--timeout", "15", "--dest", ".", *wheel.options, f"{wheel.name}=={wheel.version}"]
     try:
         # cwd: `python -m pip` would run a pip.py lying in the user's folder
         done = subprocess.run(

@@ -13,8 +13,8 @@ from pathlib import Path
 from kobza.checkpoint import Loaded
 from kobza.config import InputError, SampleConfig, require
 from kobza.formats.chat import ChatEncoder, Message
-from kobza.formats.template import ChatTemplate
 from kobza.recipes.generate import check_stops, limits, open_model, write_text
+from kobza.recipes.tuned import template_of
 
 PARAGRAPH = "\n\n"  # a model trained on plays ends a speech with an empty line
 
@@ -32,24 +32,11 @@ def main(
     check_stops(stop or [])
     loaded = open_model(path, device, precision, unknown)
     limits(loaded, [], config)  # an alphabet that the model has not is refused before the first line
-    template = template_of(loaded)
+    template = template_of(loaded.provenance, loaded.folder)
     if template is not None:
         return by_turns(loaded, path, ChatEncoder(template, loaded.tokenizer), system, stop or [], config)
     require(system is None, f"--system has no effect: {path} has no chat template; write it in your first line")
     return continued(loaded, path, stop or [PARAGRAPH], config)
-
-
-def template_of(loaded: Loaded) -> ChatTemplate | None:
-    """The chat template that a model came with."""
-    facts = loaded.provenance.get("chat_template")
-    if facts is None:
-        return None
-    parts = [facts.get(key) for key in ("source", "bos", "eos")] if isinstance(facts, dict) else []
-    specials = facts.get("specials", {}) if isinstance(facts, dict) else {}
-    texts = [*parts, *specials.values()] if isinstance(specials, dict) else [None]
-    good = bool(parts) and all(isinstance(text, str) for text in texts)
-    require(good, f"{loaded.folder}/config.json: its chat_template is damaged; pull the model again with --force")
-    return ChatTemplate(*parts, specials, name=f"{loaded.folder.name}'s chat template")
 
 
 # ---- by turns ------------------------------------------------------------------------------------------------------

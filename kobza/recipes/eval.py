@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from kobza.checkpoint import Loaded, checkpoint_path, list_checkpoints, load_checkpoint
+from kobza.checkpoint import Loaded, checkpoint_path, list_checkpoints
 from kobza.config import require
 from kobza.device import make_runtime, memory_error
 from kobza.evals.evaluation import Evaluation, How, Subject, as_dict, evaluate, make_subject, plain, progress
@@ -20,6 +20,7 @@ from kobza.evals.tables import checkpoint_table, evaluation_tables, task_table
 from kobza.evals.tasks import Judged, accuracy, judge, read_tasks
 from kobza.hub.store import find_model
 from kobza.recipes.generate import check_samples
+from kobza.recipes.tuned import open_checkpoint
 
 
 def main(
@@ -39,7 +40,7 @@ def main(
     items = None if tasks is None else read_tasks(tasks)
     place = make_runtime(device, "auto").device
     folders = all_checkpoints(path) if checkpoints else [path]
-    first = load_checkpoint(folders[0], place, unknown)
+    first = open_checkpoint(folders[0], place, unknown)
     size = first.run.model.max_seq_len
     stride = settings.get("stride", 1)
     require(1 <= stride <= size, f"--stride is {stride}; it must be between 1 and max_seq_len {size}")
@@ -56,7 +57,7 @@ def main(
     with memory_error(how.samples, size):
         for i, folder in enumerate(folders):
             with console.status(f"checkpoint {i + 1} of {len(folders)}"):
-                loaded = first if i == 0 else load_checkpoint(folder, place, unknown)
+                loaded = first if i == 0 else open_checkpoint(folder, place, unknown)
                 judged = [] if items is None else judge(loaded.model, loaded.tokenizer, items)
                 e = None if subject is None else evaluate(loaded.model, loaded.tokenizer, subject, how)
             rows.append(row_of(loaded, e, judged))

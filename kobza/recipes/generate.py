@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kobza.checkpoint import Loaded, load_checkpoint
+from kobza.checkpoint import Loaded
 from kobza.config import InputError, SampleConfig, require
 from kobza.describe.parts import inference_bytes
 from kobza.device import free_memory, make_runtime, memory_error
 from kobza.generate import Processor, generate
-from kobza.hub.store import find_model
 from kobza.kernels import packed
 from kobza.model import n_parameters
+from kobza.recipes.tuned import open_checkpoint
 from kobza.tokenizer import StreamDecoder, Tokenizer
 from kobza.tokens.alphabet import restrict
 
@@ -66,7 +66,7 @@ def open_model(path: Path, device: str, precision: str, unknown: str | None) -> 
     where it is the faster: on a GPU that has it, and on a CPU that has it for weights beyond its cache, which every token
     reads whole; but a pulled model whose weights bf16 would change stays what was released."""
     runtime = make_runtime(device, "auto")
-    loaded = load_checkpoint(find_model(path), runtime.device, unknown)
+    loaded = open_checkpoint(path, runtime.device, unknown)
     on_cpu, weights = runtime.device.type == "cpu", 4 * n_parameters(loaded.model)
     changed = "float32" in loaded.provenance.get("kept", {})
     if precision == "auto":

@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from kobza.checkpoint import find_checkpoint, load_checkpoint, read_config
+from kobza.checkpoint import find_checkpoint, read_config
 from kobza.config import ModelConfig, require
 from kobza.describe.tree import Row, activations, folded, folder_formats, gguf_formats, rows_of
 from kobza.formats.headers import read_header
@@ -20,6 +20,7 @@ from kobza.formats.load import load_model
 from kobza.hub.store import find_model, is_foreign
 from kobza.hub.vocabulary import tokenizer_of
 from kobza.model import GPT
+from kobza.recipes.tuned import open_checkpoint
 from kobza.surgery import find_modules
 from kobza.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ def main(what: Path, layer: str | None, hidden: bool, prompt: str | None, as_jso
 def opened(path: Path) -> tuple[GPT, Tokenizer]:
     """A model with its weights in float32, and its tokenizer."""
     if not is_foreign(path):
-        loaded = load_checkpoint(path)
+        loaded = open_checkpoint(path)
         return loaded.model, loaded.tokenizer
     foreign = load_model(path)
     return foreign.model, tokenizer_of(path, foreign.kind, foreign.config.vocab_size, None)

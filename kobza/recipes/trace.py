@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kobza.checkpoint import load_checkpoint
 from kobza.config import require
 from kobza.device import make_runtime
-from kobza.hub.store import find_model
 from kobza.pages.shell import write_whole
+from kobza.recipes.tuned import open_checkpoint
 from kobza.trace.page import distributions, render
 from kobza.trace.record import record
 
@@ -22,7 +21,7 @@ def main(path: Path, prompt: str, temperature: float, out: Path | None, device: 
     require(temperature >= 0, f"--temperature is {temperature}; it must not be negative")
     if as_json:
         require(out is None, f"--out {out} has no effect with --json; leave one out")
-    loaded = load_checkpoint(find_model(path), make_runtime(device, "fp32").device)
+    loaded = open_checkpoint(path, make_runtime(device, "fp32").device)
     tokenizer, limit = loaded.tokenizer, min(MOST, loaded.run.model.max_seq_len)
     ids = tokenizer.encode_prompt(prompt)
     require(len(ids) <= limit, f"the prompt has {len(ids):,} tokens and a trace takes at most {limit:,}; shorten it")

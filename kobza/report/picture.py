@@ -28,15 +28,16 @@ SMOOTH_SHARE = 0.02  # of the records are averaged in the smoothed line: follows
 LABEL_GAP = 0.13  # of the height; landmark labels closer than this would overlap
 
 
-def loss_figure(records: list[Record], landmarks: Landmarks) -> Figure:
-    """Records, Landmarks -> Figure: train loss raw and smoothed, validation points, landmark lines, tokens on top."""
+def loss_figure(records: list[Record], landmarks: Landmarks | None = None) -> Figure:
+    """Records -> Figure: train loss raw and smoothed, validation points, tokens on top, landmark lines if given."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.6, 4.4), facecolor="none")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.095, 0.13, 0.665, 0.74), facecolor="none")
-    draw_landmarks(axes, landmarks, *loss_range(records, landmarks))
+    if landmarks is not None:
+        draw_landmarks(axes, landmarks, *loss_range(records, landmarks))
     draw_losses(axes, records)
     set_steps(axes, records)
     dress(axes)

@@ -52,7 +52,7 @@ def write_bundle(folder: Path, model: GPT, run: RunConfig, failure: NonFinite, p
     def fill(aside: Path) -> None:
         save_file(model_tensors(model), aside / "model.safetensors")
         tensors = dict(failure.rng)
-        for i, (inputs, targets) in enumerate(failure.window):
+        for i, (inputs, targets, *_) in enumerate(failure.window):
             tensors[f"inputs.{i}"] = inputs.cpu().contiguous()
             tensors[f"targets.{i}"] = targets.cpu().contiguous()
         save_file(tensors, aside / "step.safetensors")

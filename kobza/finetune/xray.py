@@ -1,0 +1,177 @@
+"""What a person should see of the rows before the first step: what is learned and what is masked, how long rows are, what was
+cut, what stands there twice, whether the answers' ends are learned; and what forbids to start.
+
+`examine` counts, `xray_page.py` draws. The laws are those of the doctor's codes of the same numbers (`kobza doctor explain R3`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kobza.finetune.example import Row
+
+SHOWN = 6  # rows drawn
+CUT_SHARE = 0.05  # of the rows, before it is worth a warning
+TWICE_SHARE = 0.02
+SEEN_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something a person should know: "error" forbids to start, "warn" and "info" do not."""
+
+    severity: str
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows of one side of the split, counted."""
+
+    rows: int
+    tokens: int
+    learned: int
+    lengths: tuple[int, int, int, int]
+    """shortest, median, 95% are no longer, longest"""
+    cut: int
+    """rows that lost tokens"""
+    nothing: int
+    """rows of which nothing is learned"""
+    twice: int
+    """rows that repeat an earlier one"""
+
+
+@dataclass(frozen=True)
+class Xray:
+    """What was seen. `shown` are rows to draw, from all over the range of lengths."""
+
+    train: Side
+    val: Side
+    answers: int
+    """answers that are whole, over both sides: what was cut has no end to learn"""
+    ended: int
+    """of them those whose end token is learned"""
+    conflicts: int
+    """questions that stand there with different answers"""
+    seen: int
+    """held-out rows that stand in the training rows word for word"""
+    shown: tuple[Row, ...]
+    remarks: tuple[Remark, ...]
+
+    @property
+    def refuses(self) -> list[Remark]:
+        """What forbids to start."""
+        return [remark for remark in self.remarks if remark.severity == "error"]
+
+
+def examine(train: Sequence[Row], val: Sequence[Row], ends: Sequence[int], remarks: Sequence[Remark] = ()) -> Xray:
+    """The X-ray of rows as they came out of a file. ends: ids that end an answer; remarks: of others, to be shown with ours."""
+    sides, both = (side(train), side(val)), [*train, *val]
+    answers, ended = ends_learned(both, set(ends))
+    keys = {row.ids.tobytes() for row in train}
+    seen = sum(row.ids.tobytes() in keys for row in val)
+    counts = (answers, ended, conflicting(train), seen)
+    found = [*remarks, *judge(*sides, *counts, both)]
+    order = ("error", "warn", "info")
+    return Xray(*sides, *counts, chosen(train), tuple(sorted(found, key=lambda remark: order.index(remark.severity))))
+
+
+def side(rows: Sequence[Row]) -> Side:
+    """Counts of one side."""
+    lengths = np.array([len(row.ids) for row in rows] or [0])
+    spread = (int(lengths.min()), int(np.median(lengths)), int(np.quantile(lengths, 0.95)), int(lengths.max()))
+    learned = [int(row.learned.sum()) for row in rows]
+    twice = len(rows) - len({row.ids.tobytes() for row in rows})
+    cut = sum(row.cut > 0 for row in rows)
+    return Side(len(rows), int(lengths.sum()), sum(learned), spread, cut, learned.count(0), twice)
+
+
+def stretches(learned: np.ndarray) -> list[tuple[int, int]]:
+    """Where learned tokens stand side by side, as (start, stop). [F, T, T, F, T] -> [(1, 3), (4, 5)]"""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], learned.astype(np.int8), [0]))))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def ends_learned(rows: Sequence[Row], ends: set[int]) -> tuple[int, int]:
+    """(whole answers, those that end with a learned end token). An answer that was cut with its row has no end."""
+    answers = ended = 0
+    for row in rows:
+        for start, stop in stretches(row.learned):
+            if stop == len(row.ids) and row.cut:
+                continue
+            answers += 1
+            ended += any(int(i) in ends for i in row.ids[start:stop])
+    return answers, ended
+
+
+def conflicting(rows: Sequence[Row]) -> int:
+    """Questions, all that stands before the first answer, which have several answers among the rows."""
+    answers: dict[bytes, set[bytes]] = {}
+    for row in rows:
+        first = int(row.learned.argmax())
+        if first:
+            answers.setdefault(row.ids[:first].tobytes(), set()).add(row.ids[first:].tobytes())
+    return sum(len(several) > 1 for several in answers.values())
+
+
+def chosen(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows to look at, evenly over the range of lengths; what was cut or has nothing to learn comes first."""
+    odd = [row for row in rows if row.cut or not row.learned.any()][:2]
+    usual = sorted((row for row in rows if not row.cut and row.learned.any()), key=lambda row: len(row.ids))
+    n = min(SHOWN - len(odd), len(usual))
+    return tuple(odd + [usual[i] for i in np.linspace(0, len(usual) - 1, n).astype(int)] if n else odd)
+
+
+def judge(
+    train: Side, val: Side, answers: int, ended: int, conflicts: int, seen: int, rows: Sequence[Row]
+) -> list[Remark]:
+    """What a person should know of the counts."""
+    found, whole = [], train.rows + val.rows
+    if not train.learned or not val.learned:
+        where = "training" if not train.learned else "held-out"
+        why = "raise --max-len" if train.cut + val.cut else "look at --answer, --learn and the template"
+        found.append(Remark("error", "R5", f"not one token of the {where} rows is learned; {why}"))
+    elif train.nothing + val.nothing:
+        n = train.nothing + val.nothing
+        first = next(row.where for row in rows if not row.learned.any())
+        found.append(Remark("warn", "R5", f"{n} of {whole} rows have nothing to learn and are left out, first {first}"))
+    if ended < answers:
+        text = f"{answers - ended} of {answers} answers are learned without their end, so the model would never stop"
+        remedy = "the template must close an answer with a token that ends it"
+        found.append(Remark("error", "R3", f"{text}; {remedy}"))
+    if train.cut + val.cut:
+        share = (train.cut + val.cut) / whole
+        most = max(row.cut for row in rows)
+        text = f"{share:.1%} of the rows are longer than --max-len and were cut; the longest lost {most} tokens"
+        found.append(Remark("warn" if share > CUT_SHARE else "info", "L11", text))
+    if train.twice:
+        share = train.twice / train.rows
+        found.append(
+            Remark("warn" if share > TWICE_SHARE else "info", "R19", f"{train.twice} training rows repeat another")
+        )
+    if seen:
+        text = (
+            f"{seen} of {val.rows} held-out rows stand word for word in the training rows: the validation loss flatters"
+        )
+        remedy = "drop repeats, or name the column that makes rows alike: --group"
+        found.append(Remark("warn" if seen > SEEN_SHARE * val.rows else "info", "R19", f"{text}; {remedy}"))
+    if conflicts:
+        found.append(
+            Remark("info", "R19", f"{conflicts} questions have several answers; no model can get all of them right")
+        )
+    return found
+
+
+def histogram(rows: Sequence[Row], bins: int = 24) -> list[tuple[int, int]]:
+    """(shortest length of the bin, rows) over the range of lengths."""
+    lengths = Counter(len(row.ids) for row in rows)
+    most = max(lengths)
+    width = max(1, -(-most // bins))
+    return [
+        (i * width, sum(n for length, n in lengths.items() if length // width == i)) for i in range(most // width + 1)
+    ]
