@@ -12,9 +12,8 @@ import kobza
 
 PACKAGE = Path(kobza.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
-CORE = sorted(
-    path for path in PACKAGE.glob("*.py") if path.name not in ("cli.py", "cli_doctor.py", "cli_tune.py", "__main__.py", "__init__.py")
-)
+OUTSIDE = ("cli.py", "cli_doctor.py", "cli_tune.py", "__main__.py", "__init__.py")
+CORE = sorted(path for path in PACKAGE.glob("*.py") if path.name not in OUTSIDE)
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 needs_page = pytest.mark.skipif(not PAGE.exists(), reason="docs/architecture.md is not part of an installed package")

@@ -1,4 +1,4 @@
-"""kobza finetune, merge and plan as a person calls them: a tiny model, small files, every method and objective; stopped and resumed."""
+"""kobza finetune, merge and plan as a person calls them: a tiny model, every method and objective; stopped and resumed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WORDS = "user assistant system What colour is the of a red green blue yes no cat dog owl fox? 1 2 3 4 5 6 7 8 9 0 + = <think></think>\n"
+WORDS = "user assistant system What colour is the of a red green blue yes no cat dog owl fox? 1 2 3 4 5 6 7 8 9 0 + =\n"
 THINGS = [f"{kind} {i}" for kind in ("cat", "dog", "owl", "fox") for i in range(12)]
 
 

@@ -90,7 +90,7 @@ def write(folder, config=CONFIG, method=METHOD, **more):
 
 
 def codes(base, adapter, merged=None):
-    """What the doctor finds. P3 is its warning that a joined matrix has one adapter, which is so."""
+    """What the doctor finds."""
     outcomes = examine(CHECKS, open_(base, adapter, merged))
     assert not [o.reason for o in outcomes if o.status == "failed"]
     return {finding.code for outcome in outcomes for finding in outcome.findings}
@@ -121,7 +121,7 @@ def test_peft_computes_with_our_adapter_what_we_do(name, kind, tmp_path):
         ours, expected = model(IDS), tuned(IDS).logits
     assert float((ours - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     assert float((plain - expected).abs().max()) > 0.01 * float(expected.abs().max())
-    assert codes(tmp_path / "base", tmp_path / "adapter") <= ({"P3"} if name in FUSED else set())
+    assert not codes(tmp_path / "base", tmp_path / "adapter")
     again = load_model(tmp_path / "base")
     assert load_adapter(tmp_path / "adapter", again.model, again.config) == method
     same(again.model, model)
@@ -170,7 +170,7 @@ def test_we_compute_with_an_adapter_that_peft_trained_what_it_does(name, kind, t
     assert float((plain - expected).abs().max()) > 0.01 * float(expected.abs().max())
     assert (method.rank, method.alpha, method.dora, method.rslora) == (4, 9.0, kind == "dora", kind == "rslora")
     assert method.embeddings == (kind == "head")
-    assert codes(tmp_path / "base", tmp_path / "adapter") <= ({"P3"} if name in FUSED else set())
+    assert codes(tmp_path / "base", tmp_path / "adapter") <= ({"P3"} if name in FUSED else set())  # so it is
     save_adapter(tmp_path / "ours", base.model, base.config, method, Base("x", "0" * 64), base.metadata)
     fresh = load_model(tmp_path / "base")
     fresh_method = load_adapter(tmp_path / "ours", fresh.model, fresh.config, sha256="0" * 64)

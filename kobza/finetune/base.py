@@ -20,7 +20,7 @@ from kobza.model import GPT
 from kobza.tokenizer import load_tokenizer
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-PIECE = 1 << 22  # bytes read at a time
+PIECE = 1 << 20  # bytes read at a time
 
 
 def load_base(path: Path, dtype: torch.dtype = torch.float32, wide_tables: bool = False, n_layer: int = 0) -> Loaded:
@@ -52,11 +52,12 @@ def read_model(path: Path, config: ModelConfig, dtype: torch.dtype = torch.float
         kept.discard(id(model.embed.weight))
     if wide_tables:
         kept.discard(id(model.lm_head.weight))
+    buffer = torch.empty(PIECE, dtype=torch.uint8)  # one for all: a fresh one each would leave pages behind
     with path.open("rb") as file:
         for name, parameter in model.named_parameters():
             if id(parameter) in kept:
                 parameter.data = torch.empty(parameter.shape, dtype=dtype)
-            read_into(parameter.data.view(-1), file, header[name], path)
+            read_into(parameter.data.view(-1), file, header[name], buffer, path)
     return model
 
 
@@ -79,12 +80,11 @@ def check_same(model: GPT, header: dict[str, TensorInfo], path: Path) -> None:
     require(not problems, f"{path}: weights and config differ: {'; '.join(problems[:8])} ({len(problems)} in all)")
 
 
-def read_into(flat: Tensor, file: BinaryIO, info: TensorInfo, path: Path) -> None:
-    """Fill a flat tensor with the numbers of a tensor in a file, cast piece by piece."""
+def read_into(flat: Tensor, file: BinaryIO, info: TensorInfo, buffer: Tensor, path: Path) -> None:
+    """Fill a flat tensor with the numbers of a tensor in a file, cast piece by piece as the buffer (bytes) takes them."""
     dtype = DTYPES[info.dtype]
-    buffer = torch.empty(min(PIECE, info.end - info.start), dtype=torch.uint8)
     file.seek(info.start)
-    for piece in flat.split(PIECE // dtype.itemsize):
+    for piece in flat.split(len(buffer) // dtype.itemsize):
         raw = buffer[: piece.numel() * dtype.itemsize]
         if file.readinto(memoryview(raw.numpy())) != raw.numel():
             raise InputError(f"{path}: it ended early; it changed while it was read, try again")

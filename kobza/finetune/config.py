@@ -18,7 +18,7 @@ class MethodConfig:
     """What of the model learns, and how the rest of it is kept."""
 
     method: Literal["lora", "full", "head"] = "lora"
-    """lora: small matrices beside weights that stay (Hu et al. 2021); full: every weight; head: the tables and the head alone"""
+    """lora: small matrices beside weights that stay (Hu et al. 2021); full: every weight; head: the token table and the head"""
     rank: int = 16
     """inner width of LoRA's matrices"""
     alpha: float = 32.0
@@ -26,7 +26,7 @@ class MethodConfig:
     rslora: bool = False
     """alpha / sqrt(rank) in its place, so that ranks compare (Kalajdzievski 2023)"""
     dora: bool = False
-    """learn each column's length apart from its direction (Liu et al. 2024)"""
+    """learn the length of each matrix row apart from its direction (Liu et al. 2024)"""
     dropout: float = 0.0
     """share of a LoRA matrix's inputs left out while training"""
     targets: str = "*_proj"
@@ -178,8 +178,6 @@ class TuneConfig:
         paired = self.objective.objective not in ("sft", "distill")
         what = f"with --objective {self.objective.objective}"
         require(not (paired and self.rows.packing), f"--packing has no effect {what}; leave it out")
-        by_hand = self.method.eight_bit and self.train.optimizer != "adamw"
-        require(not by_hand, f"--eight-bit is AdamW's: --train.optimizer is {self.train.optimizer}; leave one out")
 
 
 SECTIONS = {

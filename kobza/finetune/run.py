@@ -45,6 +45,7 @@ from kobza.checkpoint import (
 from kobza.config import InputError, load_toml, require, to_dict
 from kobza.device import rng_state, set_rng_state
 from kobza.finetune.config import SECTIONS, TuneConfig, tune_from_dict
+from kobza.finetune.lora import adapter_tensors, fill_adapter
 from kobza.run import MAY_CHANGE, Standing, write_best
 
 ADAPTER = "adapter_model.safetensors"
@@ -109,11 +110,6 @@ class State:
 SaveAdapter = Callable[[Path, nn.Module], None]
 
 
-def learning(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that learn, by name."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def save_tuning(tuning: Tuning, state: State, save_adapter: SaveAdapter | None) -> None:
     """Write the checkpoint of the step where the tuning stands, unless it is there; then name the best, drop the old.
     save_adapter: how an adapter is written; None: all weights are."""
@@ -129,7 +125,9 @@ def save_tuning(tuning: Tuning, state: State, save_adapter: SaveAdapter | None) 
         if save_adapter is None:
             save_checkpoint(folder, state.model, run, tuning.base.tokenizer, about, (tensors, facts))
         else:
-            tensors |= {WEIGHT + name: tensor for name, tensor in learning(state.model).items()}
+            tensors |= {
+                WEIGHT + name: p.detach().cpu().contiguous() for name, p in adapter_tensors(state.model).items()
+            }
             write_folder(folder, lambda aside: fill(aside, tuning, state, run, about, tensors, facts, save_adapter))
     write_best(tuning.out, standing)
     prune(tuning.out, tuning.config.train.keep)
@@ -171,7 +169,8 @@ def restore_tuning(tuning: Tuning, state: State) -> None:
     if whole:
         fill_model(state.model, load_tensors(folder / "model.safetensors"), str(folder))
     else:
-        fill_learning(state.model, tensors, str(folder))
+        saved = {name.removeprefix(WEIGHT): value for name, value in tensors.items() if name.startswith(WEIGHT)}
+        fill_adapter(state.model, saved, str(folder))
     set_rng_state(tensors, state.device)
     fill_optimizers(state.optimizers, {k: v for k, v in tensors.items() if not k.startswith(("rng.", WEIGHT))})
     facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
@@ -180,14 +179,3 @@ def restore_tuning(tuning: Tuning, state: State) -> None:
         state.scaler.load_state_dict(facts["scaler"])
     vars(state.standing).update(facts["standing"])
     write_best(tuning.out, state.standing)
-
-
-def fill_learning(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Put saved weights back into those that learn; they are the same by name and shape."""
-    saved = {name.removeprefix(WEIGHT): value for name, value in tensors.items() if name.startswith(WEIGHT)}
-    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = {name: p.shape for name, p in mine.items()} == {name: value.shape for name, value in saved.items()}
-    require(same, f"{where}: {len(saved)} learned weights where the settings make {len(mine)}; delete it or start anew")
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(saved[name])

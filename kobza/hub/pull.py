@@ -253,6 +253,19 @@ def packaged(request: Request, folder: Path, progress: Progress) -> Source:
 # ---- to a checkpoint -----------------------------------------------------------------------------------------------
 
 
+def family(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """What of a released config.json names its weights' layout, which adapters are written in; None where nothing does."""
+    if (
+        facts.get("general.architecture") == "phi3"
+    ):  # of the others the config tells; Phi-3's joined matrices it does not
+        return {"model_type": "phi3"}
+    if "model_type" not in facts:
+        return None
+    text = facts.get("text_config")
+    inner = {"text_config": {"model_type": text.get("model_type")}} if isinstance(text, dict) else {}
+    return {"model_type": facts["model_type"]} | inner
+
+
 def convert(request: Request, source: Source, final: Path, progress: Progress) -> dict[str, Any]:
     """Write the model as a checkpoint, whole or absent -> its provenance."""
     from kobza.checkpoint import remove_folder, save_checkpoint
@@ -269,6 +282,7 @@ def convert(request: Request, source: Source, final: Path, progress: Progress) -
     provenance |= {"license": source.license, "files": source.files, "format": foreign.kind, "released": foreign.dtype}
     provenance |= chat_facts(source.path, foreign.kind, tokenizer) | {"bos": tokenizer.bos_id}
     provenance["kept"] = keep_format(foreign.model, foreign.dtype)
+    provenance["family"] = family(foreign.metadata)
     progress("writing the checkpoint", 0, 0)
     run = RunConfig(foreign.config, DataConfig(tokenizer="byte"))  # nothing is learned from a text any more
     aside = final.with_name(f".{final.name}.new")

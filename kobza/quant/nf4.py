@@ -6,7 +6,8 @@ nearest of them times the largest of its 64 neighbours; those scales, less their
     4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits
 
 Plain torch on every device, each bit as bitsandbytes' torch kernels have it. Dequantising is one look-up a byte, in a table of
-all 256 pairs of values. Nothing of it is saved: the same weights give the same bits.
+all 256 pairs of values. Nothing of it is saved: the same weights give the same bits. (Of a matrix of tens of millions the mean of
+the scales may move by its last bit with the number of threads, as torch's sums do.)
 """
 
 from __future__ import annotations

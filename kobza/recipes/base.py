@@ -15,7 +15,7 @@ from kobza.finetune.base import load_base
 from kobza.finetune.config import MethodConfig, TuneConfig
 from kobza.finetune.lora import choose_weights, freeze_base
 from kobza.finetune.peft import Base as AdapterBase
-from kobza.finetune.peft import save_adapter
+from kobza.finetune.peft import write_adapter
 from kobza.finetune.rates import check_rates
 from kobza.finetune.run import SaveAdapter
 from kobza.finetune.xray import Remark
@@ -70,8 +70,9 @@ def open_base(config: TuneConfig) -> Base:
     run, provenance = read_config(folder / "config.json")
     tokenizer = load_tokenizer(folder / "tokenizer.json", run.data.unknown)
     template = find_template(source.template, provenance, tokenizer, folder)
-    encoder = None if template is None else ChatEncoder(template, tokenizer)
-    ends = sorted({*(provenance.get("ends") or tokenizer.ends), *(encoder.ends.values() if encoder else ())})
+    stops = list(provenance.get("ends") or tokenizer.ends)
+    encoder = None if template is None else ChatEncoder(template, tokenizer, stops)
+    ends = list(dict.fromkeys([*stops, *(encoder.ends.values() if encoder else ())]))
     name = {"name": source.model, "folder": str(folder.resolve()), "sha256": weights_digest(folder)}
     about = provenance | {"base": name | {"source": provenance.get("source")}, "ends": ends}
     about |= {"method": asdict(config.method), "objective": asdict(config.objective), "data": source.data}
@@ -108,7 +109,12 @@ def find_template(file: str, provenance: dict[str, Any], tokenizer: Tokenizer, f
     bos, eos = str(own.get("bos", "")), str(own.get("eos", ""))
     if path.suffix in (".jinja", ".jinja2", ".j2") or "{%" in text:
         return ChatTemplate(text, bos, eos, own.get("specials", {}), name=file)
-    return turns_from_example(text, tokenizer.specials, name=file).template()
+    return turns_from_example(text, tokenizer.specials, bos_of(tokenizer), file).template()
+
+
+def bos_of(tokenizer: Tokenizer) -> str:
+    """The name of the token that begins a text; "" where there is none."""
+    return next((name for name, i in tokenizer.specials.items() if i == tokenizer.bos_id), "")
 
 
 def load_weights(base: Base, config: TuneConfig, runtime: Runtime, n_layer: int = 0) -> Loaded:
@@ -136,7 +142,7 @@ def install(config: TuneConfig, loaded: Loaded, base: Base, runtime: Runtime) ->
     model, method, words = loaded.model.to(runtime.device), config.method, []
     if method.quantize == "nf4":
         words.append(f"{len(nf4.use(model))} matrices in 4 bits")
-    learns = choose_weights(model, method, config.seed)
+    choose_weights(model, method, config.seed)
     if config.train.freeze:
         words.append(f"{len(freeze(model, config.train.freeze))} modules frozen")
     if method.method == "lora":
@@ -151,20 +157,12 @@ def install(config: TuneConfig, loaded: Loaded, base: Base, runtime: Runtime) ->
     if method.eight_bit:
         optimizers = [in_eight_bits(optimizer, config) for optimizer in optimizers]
         words.append("AdamW's state in 8 bits")
-    assert learns
     if method.method != "lora":
         return Method(optimizers, None, words)
     about = base.provenance["base"]
-    named = AdapterBase(about["name"], about["sha256"])
-
-    def save(folder, tuned):
-        save_adapter(folder / "a", tuned, loaded.run.model, method, named)
-        for n in ("adapter_model.safetensors", "adapter_config.json"):
-            (folder / "a" / n).rename(folder / n)
-        (folder / "a" / "manifest.json").unlink()
-        (folder / "a").rmdir()
-
-    return Method(optimizers, save, words)
+    named, names = AdapterBase(about["name"], about["sha256"]), base.provenance.get("family")
+    shape = loaded.run.model
+    return Method(optimizers, lambda folder, tuned: write_adapter(folder, tuned, shape, method, named, names), words)
 
 
 def put_kernels(model: GPT, method: MethodConfig, runtime: Runtime) -> list[str]:

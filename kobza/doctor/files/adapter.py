@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from kobza.config import InputError
 from kobza.doctor.files.lora import FLOATS, FUSED, PREFIX, Adapter, open_, shape_of, whole
 from kobza.doctor.files.merge import (
@@ -230,7 +232,8 @@ def fusing(adapter: Adapter) -> Iterator[Finding]:
 
 def fused_targets(adapter: Adapter) -> Iterator[Finding]:
     """P3: one A for q, k and v together has fewer parameters than one each."""
-    hit = [pair for pair in adapter.pairs if pair.module.rpartition(".")[2] in FUSED and whole(pair)]
+    fused = [pair for pair in adapter.pairs if pair.module.rpartition(".")[2] in FUSED and whole(pair)]
+    hit = [pair for pair in fused if not in_blocks(adapter.factors(pair)[1])]
     if not hit:
         return
     r, width, out = hit[0].a.shape[0], hit[0].a.shape[1], hit[0].b.shape[0]
@@ -247,6 +250,11 @@ def fused_targets(adapter: Adapter) -> Iterator[Finding]:
         "unfuse the projection before training, or raise r",
         f"{len(hit)} fused modules; {hit[0].module}: A {hit[0].a.shape}, B {hit[0].b.shape}",
     )
+
+
+def in_blocks(b: np.ndarray) -> bool:
+    """Whether a B (out, r) is blocks on a diagonal: each projection has an A of its own. Half is zeros at least."""
+    return np.count_nonzero(b) <= b.size / 2
 
 
 def tied_head(adapter: Adapter) -> Iterator[Finding]:
