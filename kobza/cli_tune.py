@@ -111,21 +111,32 @@ def plan_finetune(
     return recipe("plan").main(config, device, json)
 
 
-def merge(run: Path, /, *, out: Path, precision: str = "auto", device: str = "auto", json: Json = False) -> int:
+def merge(
+    run: Path,
+    /,
+    *,
+    out: Path,
+    base: Path | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    json: Json = False,
+) -> int:
     """Put a tuning's adapter into its base's weights, in float32, and measure what that changed -> a model of its own.
 
     Parameters
     ----------
     run
-        a tuning's folder, or an adapter in PEFT's format with --base
+        a tuning's folder, or an adapter's in PEFT's format
     out
         where the merged model goes
+    base
+        of an adapter that PEFT made: the model it was learned beside
     precision
         number format of the merged weights: fp32, bf16 or fp16; auto: the base's as it was released
     device
         auto, cpu, cuda or mps
     """
-    return recipe("merge").main(run, out, precision, device, json)
+    return recipe("merge").main(run, out, base, precision, device, json)
 
 
 def tuning(

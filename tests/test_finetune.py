@@ -34,10 +34,13 @@ def colour(thing: str) -> str:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny model with a chat template, as `kobza pull` keeps one."""
-    folder = tmp_path_factory.mktemp("base") / "tiny"
+    return write_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+def write_base(folder):
     tokenizer = LibraryTokenizer.train([WORDS * 20], 300, SPECIALS)
     config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, max_seq_len=128, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=48, mlp="swiglu",
+        vocab_size=tokenizer.vocab_size, max_seq_len=256, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=48, mlp="swiglu",
         norm="rmsnorm", tied=True, init="gpt2", qk_norm=False,
     )  # fmt: skip
     end = tokenizer.specials["<|im_end|>"]
@@ -102,7 +105,7 @@ def test_a_table_is_learned_and_the_tuned_model_says_so(base, files, tmp_path, c
         "--train.lr",
         "0.01",
         "--epochs",
-        "25",
+        "50",
         "--train.eval-interval",
         "75",
         "--val-fraction",
@@ -257,6 +260,15 @@ def test_merged_is_the_wrapped_one(base, files, tmp_path, capsys):
         expected, found = wrapped.model(ids), load_checkpoint(merged).model(ids)
     assert torch.allclose(expected, found, atol=1e-4)
     assert not torch.allclose(expected, load_checkpoint(base).model(ids), atol=1e-3)  # it learned something
+    alone, again = tmp_path / "alone", tmp_path / "again"
+    alone.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (alone / name).write_bytes((checkpoint_path(run, 20) / name).read_bytes())
+    assert (
+        main(["merge", str(alone), "--out", str(again)]) == 2
+    )  # as PEFT leaves one: it does not say where its base is
+    assert main(["merge", str(alone), "--base", str(base), "--out", str(again)]) == 0
+    assert (again / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
     assert main(["merge", str(run), "--out", str(merged)]) == 2
     assert main(["merge", str(run), "--out", str(tmp_path / "x"), "--precision", "nf4"]) == 2
     assert main(["merge", str(merged), "--out", str(tmp_path / "x")]) == 2
@@ -283,7 +295,7 @@ BAD = {
     "no answer given": (("--prompt", "What is {thing}?"), "--answer"),
     "targets": ((*TABLE, "--targets", "q_prok"), "q_proj"),
     "rank": ((*TABLE, "--rank", "400"), "400"),
-    "max len": ((*TABLE, "--max-len", "1000"), "128"),
+    "max len": ((*TABLE, "--max-len", "1000"), "256"),
     "nothing learned": ((*TABLE, "--max-len", "8"), "not one token"),
     "idle": ((*TABLE, "--beta", "0.2"), "no effect"),
     "idle rank": ((*TABLE, "--method", "full", "--rank", "4"), "no effect"),

@@ -128,6 +128,18 @@ def test_a_moment_that_is_lower_in_the_slices_may_be_the_highest_at_depth():
     )
 
 
+def test_weights_that_no_operation_made_count_too():
+    """A file's, read into memory by a library."""
+    weight = nn.Parameter(torch.zeros(500, 100))
+
+    def make():
+        model = nn.Linear(1, 1)
+        model.weight = weight
+        return model, lambda: None
+
+    assert measure(make).moments["making"] >= 200_000
+
+
 def test_live_counts_tensors_while_they_live():
     with Live() as live:
         a = torch.zeros(1000)

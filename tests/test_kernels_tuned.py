@@ -117,9 +117,9 @@ def test_a_mask_that_is_not_made_of_documents_is_left_to_the_plain_block():
 def test_long_documents_are_left_to_the_plain_block(monkeypatch):
     monkeypatch.setattr(tuned, "MOST_SCORES", 15 * 15)
     plain, fast = twins()
-    fast.blocks[0].seen.documents(None, torch.Size((1, 15, 48)))
+    fast.blocks[0].seen.stacks(None, torch.Size((1, 15, 48)))
     assert fast.blocks[0].seen.found
-    assert fast.blocks[0].seen.documents(None, torch.Size((1, 16, 48))) is None
+    assert fast.blocks[0].seen.stacks(None, torch.Size((1, 16, 48))) is None
 
 
 def test_generating_with_a_cache_gives_the_same_logits():
@@ -131,12 +131,12 @@ def test_generating_with_a_cache_gives_the_same_logits():
         assert torch.allclose(torch.cat(parts, 1), plain(ids), rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("damage", ["norm_backward", "turned_back", "give_back", "mul"])
+@pytest.mark.parametrize("damage", ["norm_backward", "turned_back", "add_back", "mul"])
 def test_a_wrong_backward_would_be_seen(damage, monkeypatch):
     wrong = {
         "norm_backward": lambda dz, x, r, norm, residual: dz * r + residual,
         "turned_back": tuned.turned,
-        "give_back": lambda document, d, out: None,
+        "add_back": lambda d, stack, out: None,
     }
     if damage in wrong:
         monkeypatch.setattr(tuned, damage, wrong[damage])

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_finetune import write_base
 
 from kobza import cli
 from kobza.doctor.mutations import specimens
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = "--model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.n_ff 32 --model.max_seq_len 16".split()
 QUICK = "--train.steps 4 --train.micro_batch 4 --train.eval_interval 2".split()
+TABLE = ("--prompt", "{name}, {sex}. Survived?", "--answer", "{survived}")
 VERSE = "ROMEO:\nWhat light is this?\n\nJULIET:\nIt is the east, and I am here; so speak, JULIET says.\n\n" * 40
 
 
@@ -56,6 +58,14 @@ def workplace(tmp_path_factory):
         "\n".join([*design, "[set]", *settings, "[factors]", '"model.norm" = ["rmsnorm", "none"]'])
     )
     specimens.folder(folder / "tinyllama", "llama")
+    write_base(folder / "smollm2")
+    columns = "name,sex,age,pclass,embarked,fare,survived"
+    rows = [
+        f"Passenger {i},{'fe' * (i % 2)}male,{i},{i % 3 + 1},Cork,{i}.5,{'yes' if i % 2 else 'no'}" for i in range(40)
+    ]
+    (folder / "titanic.csv").write_text("\n".join([columns, *rows]))
+    tuned = ["--out", str(folder / "runs" / "titanic"), "--train.steps", "2"]
+    assert cli.main(["finetune", str(folder / "smollm2"), str(folder / "titanic.csv"), *TABLE, *tuned]) == 0
     for run in ("demo", "mine"):
         out = str(folder / "runs" / run)
         assert cli.main(["train", str(folder / "poems.txt"), "--out", out, *TINY, *QUICK]) == 0
@@ -83,6 +93,11 @@ def test_command_runs(page, command, workplace, monkeypatch, capsys):
     elif verb == "train":
         own = f"runs/{abs(hash(command))}"  # the page's own --out is there already, from the fixture
         rest = smaller(rest, ["--out", own, *TINY, *QUICK] + (["--vocab-size", "260"] if "bpe" in rest else []))
+    resumed = verb == "finetune" and "--resume" in rest
+    if verb in ("finetune", "merge", "data") and "--out" in rest and not resumed:
+        rest = smaller(rest, ["--out", f"runs/{abs(hash(command))}"])
+    if verb == "finetune" and not resumed and "--dry-run" not in rest:
+        rest = smaller(rest, ["--train.steps", "2", "--max-len", "128"])
     if verb == "generate":
         rest = smaller(rest, ["--tokens", "8"])
     if verb == "demo":

@@ -29,6 +29,9 @@ from kobza.model import GPT
 from kobza.train import IGNORE, LossFn
 
 
+ROUND = 16  # a line's length is rounded up to it: few lengths, since libraries keep code and memory for each they meet
+
+
 class Shared(NamedTuple):
     """A batch as one line, and where each of its places is there."""
 
@@ -109,6 +112,8 @@ def lay_out(batch: Packed, documents: list[tuple[int, int, int]], n_shared: int)
     owner = np.repeat([i for i, *_ in parts], [end - first for *_, first, end in parts])
     places = np.zeros(batch.inputs.numel(), np.int64)
     places[source] = np.arange(len(source))
+    room = -len(source) % ROUND
+    source, owner = np.pad(source, (0, room)), np.pad(owner, (0, room), constant_values=len(parts))
     for b, first, _ in documents:
         places[b * T + first : b * T + first + n_shared] = np.arange(n_shared)
     source, owner, places = (torch.from_numpy(a).to(batch.inputs.device) for a in (source, owner, places))

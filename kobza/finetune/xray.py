@@ -6,7 +6,6 @@ cut, what stands there twice, whether the answers' ends are learned; and what fo
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ SHOWN = 6  # rows drawn
 CUT_SHARE = 0.05  # of the rows, before it is worth a warning
 TWICE_SHARE = 0.02
 SEEN_SHARE = 0.01
+TAIL = 3  # learned tokens at most from an answer's end token on: a template may put a line end or two behind it
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Xray:
 def examine(train: Sequence[Row], val: Sequence[Row], ends: Sequence[int], remarks: Sequence[Remark] = ()) -> Xray:
     """The X-ray of rows as they came out of a file. ends: ids that end an answer; remarks: of others, to be shown with ours."""
     sides, both = (side(train), side(val)), [*train, *val]
-    answers, ended = ends_learned(both, set(ends))
+    answers, ended = ends_learned(both, list(ends))
     keys = {row.ids.tobytes() for row in train}
     seen = sum(row.ids.tobytes() in keys for row in val)
     counts = (answers, ended, conflicting(train), seen)
@@ -97,24 +97,30 @@ def stretches(learned: np.ndarray) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def ends_learned(rows: Sequence[Row], ends: set[int]) -> tuple[int, int]:
-    """(whole answers, those that end with a learned end token). An answer that was cut with its row has no end."""
+def ends_learned(rows: Sequence[Row], ends: Sequence[int]) -> tuple[int, int]:
+    """(whole answers, those whose end token is learned). What is learned belongs to the next end token, so that an answer whose
+    reasoning is masked counts once; one that was cut with its row has no end."""
     answers = ended = 0
     for row in rows:
+        places, closed = np.flatnonzero(np.isin(row.ids, ends)), set()
         for start, stop in stretches(row.learned):
-            if stop == len(row.ids) and row.cut:
-                continue
-            answers += 1
-            ended += any(int(i) in ends for i in row.ids[start:stop])
+            at = int(np.searchsorted(places, max(start, stop - TAIL)))
+            if at < len(places):
+                closed.add(int(places[at]))
+            else:
+                answers += 1
+        answers += len(closed)
+        ended += sum(bool(row.learned[i]) for i in closed)
     return answers, ended
 
 
 def conflicting(rows: Sequence[Row]) -> int:
-    """Questions, all that stands before the first answer, which have several answers among the rows."""
+    """Questions, all that stands before the first answer, which have several answers among the rows. Where all but the first
+    token is learned nothing tells a question from its answer."""
     answers: dict[bytes, set[bytes]] = {}
     for row in rows:
         first = int(row.learned.argmax())
-        if first:
+        if first > 1:
             answers.setdefault(row.ids[:first].tobytes(), set()).add(row.ids[first:].tobytes())
     return sum(len(several) > 1 for several in answers.values())
 
@@ -147,8 +153,8 @@ def judge(
     if train.cut + val.cut:
         share = (train.cut + val.cut) / whole
         most = max(row.cut for row in rows)
-        text = f"{share:.1%} of the rows are longer than --max-len and were cut; the longest lost {most} tokens"
-        found.append(Remark("warn" if share > CUT_SHARE else "info", "L11", text))
+        text = f"{share:.1%} of the rows are longer than --max-len and were cut, their ends with it; the longest lost {most} tokens"
+        found.append(Remark("warn" if share > CUT_SHARE else "info", "R3", text))
     if train.twice:
         share = train.twice / train.rows
         found.append(
@@ -167,11 +173,10 @@ def judge(
     return found
 
 
-def histogram(rows: Sequence[Row], bins: int = 24) -> list[tuple[int, int]]:
-    """(shortest length of the bin, rows) over the range of lengths."""
-    lengths = Counter(len(row.ids) for row in rows)
-    most = max(lengths)
-    width = max(1, -(-most // bins))
-    return [
-        (i * width, sum(n for length, n in lengths.items() if length // width == i)) for i in range(most // width + 1)
-    ]
+def histogram(rows: Sequence[Row], bins: int = 32) -> list[tuple[int, int]]:
+    """(shortest length of the bin, rows) from the shortest row to the longest."""
+    lengths = np.array([len(row.ids) for row in rows] or [0])
+    first = int(lengths.min())
+    width = -(-(int(lengths.max()) - first + 1) // bins)
+    counts = np.bincount((lengths - first) // width).tolist()
+    return [(first + i * width, n) for i, n in enumerate(counts)]

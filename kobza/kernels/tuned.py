@@ -21,7 +21,6 @@ RMSNorm, n = x / rms(x), z = n w:   dn = dz w,  dx = (dn - n mean(dn n)) / rms(x
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -36,6 +35,7 @@ from kobza.surgery import replace_modules
 
 aten = torch.ops.aten
 
+ROUND = 16
 MOST_SCORES = 1 << 20  # t * s of a document: beyond, torch's attention, which never holds them all, is the better one
 
 
@@ -124,13 +124,13 @@ class TunedBlock(Block):
     def forward(self, x: Tensor, views: list[View], cache: Cache | None) -> Tensor:
         rope, mask = views[0]
         changed = linear_layers(self) != self.layers or is_hooked(self.inside)
-        documents = None if changed or cache is not None else self.seen.documents(mask, x.shape)
-        if documents is None or x.device.type != "cpu":
+        stacks = None if changed or cache is not None else self.seen.stacks(mask, x.shape)
+        if stacks is None or x.device.type != "cpu":
             return super().forward(x, views, cache)
         shape, attn, (qkv, o, gate_up, down) = x.shape, self.attn, self.groups
         x = x.reshape(-1, shape[-1])  # (M, C)
         turn = None if rope is None else self.seen.turn(rope, len(x))
-        attending = Attending(self.attn_norm, qkv, o, documents, turn, attn.head_dim, attn.scale)
+        attending = Attending(self.attn_norm, qkv, o, stacks, turn, attn.head_dim, attn.scale)
         x = TunedAttention.apply(x, attending, *qkv.learned(), *o.learned())
         feeding = Feeding(self.mlp_norm, gate_up, down, self.act)
         return TunedMLP.apply(x, feeding, *gate_up.learned(), *down.learned()).view(shape)
@@ -280,17 +280,17 @@ class Seen:
 
     def __init__(self) -> None:
         self.mask_key: Any = None
-        self.found: list[Document] | None = None
+        self.found: list[Stack] | None = None
         self.rope_key: Any = None
         self.full: tuple[Tensor, Tensor] | None = None
 
-    def documents(self, mask: Tensor | None, shape: torch.Size) -> list[Document] | None:
+    def stacks(self, mask: Tensor | None, shape: torch.Size) -> list[Stack] | None:
         """The documents a mask is made of; None where it is made otherwise, or of too long ones."""
         B, T, _ = shape
         if self.mask_key is None or self.mask_key[0] is not mask or self.mask_key[1:] != (B, T):
             found = [Document(b * T, b * T + T, 0, 0) for b in range(B)] if mask is None else documents_of(mask, B, T)
             small = found is not None and all(most_scores(document) <= MOST_SCORES for document in found)
-            self.mask_key, self.found = (mask, B, T), found if small else None
+            self.mask_key, self.found = (mask, B, T), stacks_of(found) if small else None
         return self.found
 
     def turn(self, rope: tuple[Tensor, Tensor], n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -338,10 +338,48 @@ def documents_of(mask: Tensor, B: int, T: int) -> list[Document] | None:
     return found
 
 
-@functools.lru_cache(maxsize=16)  # of a batch's documents, for all blocks
-def hidden(t: int, n_shared: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """(groups * t, n_shared + t), to add to scores: 0 where a token of a document sees, -inf where not."""
-    return torch.full((t, n_shared + t), float("-inf"), dtype=dtype).triu(n_shared + 1).repeat(groups, 1)
+class Stack(NamedTuple):
+    """n documents of like length side by side, t tokens long that see s. Both are rounded up: oneDNN keeps the code it makes for
+    every size it meets, and sizes that never come again would fill the memory."""
+
+    rows: Tensor
+    """(n, t): the token, any where there is none"""
+    there: Tensor
+    """(n t, 1): whether there is one, in bf16 (1 or 0)"""
+    keys: Tensor
+    """(n, s): the token, any where there is none"""
+    unseen: Tensor
+    """(n, 1, 1, t, s): 0 where a token sees another, -inf where not"""
+    tokens: Tensor
+    """(N,): all tokens of the documents"""
+    places: Tensor
+    """(N,): where each is in rows.flatten()"""
+
+
+def stacks_of(documents: list[Document]) -> list[Stack]:
+    """Documents stacked with those of like length: none is less than 3/4 of the longest beside it."""
+    stacks: list[list[Document]] = []
+    for document in sorted(documents, key=lambda d: (d.first - d.end, d.first)):
+        t, longest = document.end - document.first, stacks[-1][0] if stacks else None
+        full = longest is None or (len(stacks[-1]) + 1) * most_scores(longest) > MOST_SCORES
+        if full or 4 * t < 3 * (longest.end - longest.first):
+            stacks.append([])
+        stacks[-1].append(document)
+    return [stacked(documents) for documents in stacks]
+
+
+def stacked(documents: list[Document]) -> Stack:
+    """Documents -> where their tokens are."""
+    first, end, shared, shared_end = torch.tensor(documents).unsqueeze(-1).unbind(1)  # (n, 1) each
+    step, before = (torch.arange(-(-int(n.max()) // ROUND) * ROUND) for n in (end - first, shared_end - shared))
+    there, known = step < end - first, before < shared_end - shared  # (n, t), (n, s - t)
+    rows = torch.where(there, first + step, 0)
+    keys = torch.cat((torch.where(known, shared + before, 0), rows), 1)
+    own = (step <= step[:, None]).expand(len(documents), -1, -1)  # what is no token sees something too, else it were nan
+    sees = torch.cat((known[:, None].expand(-1, len(step), -1), own), 2)  # (n, t, s)
+    unseen = torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))[:, None, None]
+    places = there.flatten().nonzero().flatten()
+    return Stack(rows, there.view(-1, 1).bfloat16(), keys, unseen, rows.flatten()[places], places)
 
 
 # ---- the two sub-layers -------------------------------------------------------------------------------------------------
@@ -353,7 +391,7 @@ class Attending(NamedTuple):
     norm: RMSNorm
     qkv: Group
     o: Group
-    documents: list[Document]
+    stacks: list[Stack]
     turn: tuple[Tensor, Tensor] | None
     head_dim: int
     scale: float
@@ -385,71 +423,70 @@ class TunedAttention(torch.autograd.Function):
         dy, learned_o = how.o.backward([g], y, h_o, True)
         dq, dk, dv = mix_backward(dy, q, k, v, ps, how)
         if how.turn is not None:
-            dq, dk = turned_back(dq, how.turn), turned_back(dk, how.turn)
-        gs = [d.view(len(x), -1) for d in (dq, dk, dv)]
+            dq, dk = (turned_back(d.view(len(x), -1, how.head_dim), how.turn).flatten(1) for d in (dq, dk))
+        gs = [dq, dk, dv]
         dz, learned = how.qkv.backward(gs, normed(x, r, how.norm), h, ctx.needs_input_grad[0])
         dx = None if dz is None else norm_backward(dz, x, r, how.norm, g)
         return dx, None, *learned, *learned_o
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, how: Attending) -> tuple[Tensor, list[Tensor]]:
-    """softmax(q k^T scale) v, document by document: (M, H D), and the weights p of each (K, G t, s)."""
-    M, H, D = q.shape
-    y, ps = torch.empty_like(q), []
-    for document in how.documents:
-        t, n_shared = document.end - document.first, document.shared_end - document.shared
-        qd = grouped(q[document.first : document.end], k.shape[1])  # (K, G t, D)
-        kd, vd = seen_by(document, k), seen_by(document, v)  # (K, s, D)
-        wide_q, wide_k = widen(qd), widen(kd)  # scores in bf16 would err by a twentieth more in all
-        unseen = hidden(t, n_shared, H // k.shape[1], wide_q.dtype)
-        p = torch.baddbmm(unseen, wide_q, wide_k.mT, alpha=how.scale).softmax(-1).to(q.dtype)
-        ungrouped(torch.bmm(p, vd), y[document.first : document.end])
+    """softmax(q k^T scale) v, (M, H D), and the weights p (n, K, G, t, s) of each stack."""
+    y, ps = torch.empty_like(q).flatten(1), []
+    for stack in how.stacks:
+        qs, ks, vs = of_queries(q, stack, k.shape[1]), of_keys(k, stack), of_keys(v, stack)
+        scores = torch.bmm(widen(qs), widen(ks).mT)  # in bf16 these would err by a twentieth more in all
+        shape = len(stack.rows), k.shape[1], -1, *stack.unseen.shape[-2:]
+        p = torch.add(stack.unseen, scores.view(shape), alpha=how.scale).softmax(-1).to(q.dtype)
+        put_back(torch.bmm(p.view(len(vs), -1, vs.shape[1]), vs), stack, y)
         ps.append(p)
-    return y.view(M, H * D), ps
+    return y, ps
 
 
 def mix_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, ps: list[Tensor], how: Attending
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v out of that of `mix`; what several documents see gathers those of all."""
-    dy = dy.view(q.shape)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for document, p in zip(how.documents, ps, strict=True):
-        rows = slice(document.first, document.end)
-        qd, dyd = grouped(q[rows], k.shape[1]), grouped(dy[rows], k.shape[1])  # (K, G t, D)
-        kd, vd = seen_by(document, k), seen_by(document, v)  # (K, s, D)
-        ds = aten._softmax_backward_data(torch.bmm(dyd, vd.mT), p, -1, p.dtype).mul_(how.scale)
-        ungrouped(torch.bmm(ds, kd), dq[rows])
-        give_back(document, torch.bmm(ds.mT, qd), dk)
-        give_back(document, torch.bmm(p.mT, dyd), dv)
-    return dq, dk, dv
+    """Gradients of q, k, v out of that of `mix`, (M, heads * D); what several documents see gathers those of all."""
+    dq = torch.empty_like(q).flatten(1)
+    dk, dv = (torch.zeros(k.shape, dtype=widen(k[:0]).dtype).flatten(1) for _ in range(2))
+    for stack, p in zip(how.stacks, ps, strict=True):
+        ks, vs = of_keys(k, stack), of_keys(v, stack)
+        p = p.view(len(vs), -1, vs.shape[1])
+        qs, dys = of_queries(q, stack, k.shape[1]), of_queries(dy.view(q.shape), stack, k.shape[1])
+        ds = aten._softmax_backward_data(torch.bmm(dys, vs.mT), p, -1, p.dtype).mul_(how.scale)
+        put_back(torch.bmm(ds, ks), stack, dq)
+        for d, out in ((torch.bmm(ds.mT, qs), dk), (torch.bmm(p.mT, dys), dv)):
+            add_back(d, stack, out)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def grouped(x: Tensor, n_kv_head: int) -> Tensor:
-    """(t, H, D) -> (K, G t, D): the queries of heads that share keys, one below the other."""
-    t, H, D = x.shape
-    return x.view(t, n_kv_head, H // n_kv_head, D).permute(1, 2, 0, 3).reshape(n_kv_head, -1, D)
+def of_queries(x: Tensor, stack: Stack, n_kv_head: int) -> Tensor:
+    """(M, H, D) -> (n K, G t, D): queries of heads that share keys one below the other; 0 where there is no token."""
+    n, t = stack.rows.shape
+    rows = x.flatten(1).index_select(0, stack.rows.flatten()).mul_(stack.there)
+    return rows.view(n, t, n_kv_head, -1, x.shape[-1]).permute(0, 2, 3, 1, 4).reshape(n * n_kv_head, -1, x.shape[-1])
 
 
-def ungrouped(x: Tensor, out: Tensor) -> None:
-    """Undo `grouped`, into `out`."""
-    t, H, D = out.shape
-    out.view(t, len(x), -1, D).copy_(x.view(len(x), -1, t, D).permute(2, 0, 1, 3))
+def of_keys(x: Tensor, stack: Stack) -> Tensor:
+    """Keys or values (M, K, D) -> (n K, s, D)."""
+    n, s = stack.keys.shape
+    rows = x.flatten(1).index_select(0, stack.keys.flatten()).view(n, s, *x.shape[1:])
+    return rows.transpose(1, 2).reshape(-1, s, x.shape[-1])
 
 
-def seen_by(document: Document, x: Tensor) -> Tensor:
-    """Keys or values (M, K, D) -> those the document sees (K, s, D), the shared ones first."""
-    own = x[document.first : document.end]
-    shared = x[document.shared : document.shared_end]
-    return (torch.cat((shared, own)) if len(shared) else own).transpose(0, 1)
+def put_back(x: Tensor, stack: Stack, out: Tensor) -> None:
+    """Undo `of_queries`: (n K, G t, D) -> its tokens' rows of `out` (M, H D)."""
+    n, t = stack.rows.shape
+    D = x.shape[-1]
+    rows = x.view(n, -1, t, D).transpose(1, 2).reshape(n * t, -1)
+    out.index_copy_(0, stack.tokens, rows.index_select(0, stack.places))
 
 
-def give_back(document: Document, d: Tensor, out: Tensor) -> None:
-    """Add gradients of what a document sees (K, s, D) to those of all tokens (M, K, D)."""
-    n_shared, d = document.shared_end - document.shared, d.transpose(0, 1)
-    out[document.first : document.end] += d[n_shared:]
-    if n_shared:
-        out[document.shared : document.shared_end] += d[:n_shared]
+def add_back(d: Tensor, stack: Stack, out: Tensor) -> None:
+    """Add gradients (n K, s, D) of what documents see to those of the tokens, (M, K D); those of padding are 0."""
+    n, s = stack.keys.shape
+    rows = d.view(n, -1, s, d.shape[-1]).transpose(1, 2).reshape(n * s, -1)
+    out.index_add_(0, stack.keys.flatten(), rows.to(out.dtype))
 
 
 class Feeding(NamedTuple):

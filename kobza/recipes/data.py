@@ -11,13 +11,11 @@ from kobza.hub.glosses import glosses
 from kobza.hub.shakespeare import shakespeare
 from kobza.hub.titanic import titanic
 
-KNOWN = {"shakespeare": shakespeare, "titanic": lambda: titanic()[0], "glosses": lambda: glosses()[0]}
-
 
 def main(name: str, out: Path | None, as_json: bool) -> int:
     """Fetch, clean and cache it, copy it if asked, print where it lies -> exit code."""
     require(out is None or not out.exists(), f"--out {out} is there; name a new file")
-    path = KNOWN[name]()
+    path = shakespeare() if name == "shakespeare" else {"titanic": titanic, "glosses": glosses}[name]()[0]
     if out is not None:
         shutil.copyfile(path, out)
         path = out

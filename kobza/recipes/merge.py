@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from kobza.checkpoint import find_checkpoint, load_tensors, save_checkpoint
-from kobza.config import require
+from kobza.checkpoint import Loaded, find_checkpoint, load_checkpoint, load_tensors, save_checkpoint
+from kobza.config import InputError, require
 from kobza.device import make_runtime
 from kobza.finetune.merge import MergeReport, merge, quantised
+from kobza.finetune.peft import load_adapter
 from kobza.finetune.rows import eval_rows, load_rows
 from kobza.finetune.sft import token_logprobs
 from kobza.hub.store import find_model
-from kobza.recipes.tuned import ADAPTER, find_base, open_adapter
+from kobza.recipes.tuned import ADAPTER, find_base, open_adapter, weights_digest
 from kobza.train import IGNORE
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,20 +29,18 @@ MEASURED, LINES = 64, 8  # held-out rows, and how many at a time
 SHOWN = 5  # modules
 
 
-def main(run: Path, out: Path, precision: str, device: str, as_json: bool) -> int:
+def main(run: Path, out: Path, base: Path | None, precision: str, device: str, as_json: bool) -> int:
     """Merge and measure -> exit code."""
     console = Console(stderr=as_json, highlight=False)
-    folder = find_checkpoint(find_model(run))
-    require((folder / ADAPTER).exists(), f"{run}: it has no adapter: its weights are its own already")
     require(not out.exists(), f"--out {out} is there; name a new folder")
     coarse = f"--precision {precision}: its steps are larger than the change, which would be lost; merge in bf16, then quantise"
     require(precision not in FEW_BITS, coarse)
     require(precision in (*FORMATS, "auto"), f"--precision is {precision!r}; one of auto, {', '.join(FORMATS)}")
-    loaded, _ = open_adapter(folder, make_runtime(device, "fp32").device)
+    loaded = opened(run, base, make_runtime(device, "fp32").device)
     model = loaded.model
     kept = loaded.provenance.get("kept", {})
     dtype = FORMATS["bf16" if set(kept) == {"bfloat16"} else "fp32"] if precision == "auto" else FORMATS[precision]
-    report = merge(model, dtype, measure_of(run, model), whole_weights(model, loaded.provenance, folder))
+    report = merge(model, dtype, measure_of(run, model), whole_weights(model, loaded))
     about = {name: value for name, value in loaded.provenance.items() if name not in ("base", "method", "objective")}
     save_checkpoint(out, model, loaded.run, loaded.tokenizer, about | {"merged_from": str(run)})
     if as_json:
@@ -51,12 +50,29 @@ def main(run: Path, out: Path, precision: str, device: str, as_json: bool) -> in
     return 0
 
 
-def whole_weights(model: nn.Module, provenance: dict[str, Any], folder: Path) -> dict[str, Tensor] | None:
+def opened(run: Path, base: Path | None, device: torch.device) -> Loaded:
+    """A base with the adapter in place: a tuning's, or one of PEFT's files on the base that a person names."""
+    folder = find_model(run)
+    if (folder / ADAPTER).exists() and not (folder / "config.json").exists():
+        if base is None:
+            raise InputError(f"{run}: an adapter without its base; name the model it was learned beside: --base MODEL")
+        place = find_checkpoint(find_model(base))
+        loaded = load_checkpoint(place, device)
+        load_adapter(folder, loaded.model, loaded.run.model, weights_digest(place))
+        return loaded
+    require(base is None, f"--base {base} has no effect: {run} names its own")
+    folder = find_checkpoint(folder)
+    require((folder / ADAPTER).exists(), f"{run}: it has no adapter: its weights are its own already")
+    return open_adapter(folder, device)[0]
+
+
+def whole_weights(model: nn.Module, loaded: Loaded) -> dict[str, Tensor] | None:
     """Of a base kept in few bits, the weights those were made of: they are merged onto."""
     names = quantised(model)
     if not names:
         return None
-    whole, device = load_tensors(find_base(provenance, folder) / "model.safetensors"), next(model.parameters()).device
+    whole = load_tensors(find_base(loaded.provenance, loaded.folder) / "model.safetensors")
+    device = next(model.parameters()).device
     return {name: whole[f"{name}.weight"].to(device) for name in names}
 
 
