@@ -256,6 +256,27 @@ def test_a_shallow_model_is_measured_whole():
     assert made[2:] == [1, 2, 4, 6]
 
 
+def test_on_a_gpu_torch_is_asked(monkeypatch):
+    """Its counters, played here: 7 are taken before, 300 to make a model of 100, and 50 more in a step."""
+    now, most = [7], [7]
+
+    def take(n):
+        now[0] += n
+        most[0] = max(most[0], now[0])
+
+    def make():
+        take(300)
+        take(-200)
+        return nn.Linear(1, 1), lambda: (take(50), take(-50))
+
+    plays = dict(memory_allocated=lambda device: now[0], max_memory_allocated=lambda device: most[0])
+    plays |= dict(reset_peak_memory_stats=lambda device: most.__setitem__(0, now[0]), synchronize=lambda device: None)
+    for name, play in (plays | dict(empty_cache=lambda: None)).items():
+        monkeypatch.setattr(torch.cuda, name, play)
+    found = measure(make, torch.device("cuda"))
+    assert (found.base, found.peak, found.moments["making"]) == (7, 307, 300)
+
+
 def test_no_hook_and_no_mode_is_left_even_after_an_error():
     def fail():
         raise MemoryError

@@ -134,7 +134,7 @@ def test_in_bf16_the_head_sees_bf16_and_the_loss_float32():
     model, batch = tiny().float(), eval_rows(ROWS, 4, 48)[0]
     loss, n = sft_loss(torch.bfloat16)(model, batch)
     assert loss.dtype == torch.float32 and token_logprobs(model, batch, torch.bfloat16).dtype == torch.float32
-    assert float(loss / n) == pytest.approx(float(sft_loss()(model, batch)[0] / n), abs=0.02)
+    assert loss.item() / n.item() == pytest.approx(sft_loss()(model, batch)[0].item() / n.item(), abs=0.02)
 
 
 def test_only_targets_go_through_the_head():

@@ -16,7 +16,7 @@ from kobza.config import DataConfig, InputError, ModelConfig, RunConfig, TrainCo
 from kobza.finetune.example import Row
 from kobza.finetune.rows import PackedBatches
 from kobza.finetune.sft import sft_loss
-from kobza.finetune.tokens import add_tokens, mend_rows, untrained_rows, with_tokens
+from kobza.finetune.tokens import add_tokens, mend_rows, untrained_in, untrained_rows, with_tokens
 from kobza.loss import make_loss
 from kobza.model import build
 from kobza.optim import make_optimizers
@@ -58,9 +58,7 @@ def test_rows_at_nothing_and_rows_in_one_point_are_found(dtype):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(0, 2**20), st.sampled_from([8, 32, 96]), st.sampled_from([1e-4, 0.02, 1.0, 60.0]), st.floats(0, 5)
-)
+@given(st.integers(0, 2**20), st.sampled_from([8, 32, 96]), st.sampled_from([1e-4, 0.02, 1.0, 60.0]), st.floats(0, 5))
 def test_no_false_alarm_whatever_the_scale_the_offset_and_the_lengths(seed, width, scale, offset):
     """GPT-2's table has a large common part and rows three times as long as others; Gemma's is small and scaled up."""
     spread = 1 + 2 * torch.rand(700, 1, generator=torch.Generator().manual_seed(seed))
@@ -121,6 +119,22 @@ def test_mended_rows_are_the_mean_of_the_trained_ones_and_no_other_moves(tied):
     assert (model.lm_head.weight is model.embed.weight) == tied
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_in_use_that_were_never_trained_are_found_in_the_file(tmp_path, tied):
+    tokenizer = ByteTokenizer([EOT])
+    loaded = a_model(tokenizer, tied=tied, pad_vocab=1024)
+    with torch.no_grad():
+        loaded.model.embed.weight[[65, 66, 256]] = 0
+        loaded.model.embed.weight[257:] = 0  # rows of padding, more than there are tokens
+        loaded.model.lm_head.weight[[70, 71]] = 1.0
+    save_checkpoint(tmp_path / "x", loaded.model, loaded.run, tokenizer, {})
+    rows = [Row(np.array([1, i, 80], np.int32), np.ones(3, bool), "row") for i in (65, 70, 256)]
+    assert untrained_in(rows, tmp_path / "x" / "model.safetensors", 257) == [65, 70, 256]
+    (tmp_path / "bad").write_bytes(b"\xff" * 40)
+    with pytest.raises(InputError, match="bad: cannot be read as safetensors"):
+        untrained_in(rows, tmp_path / "bad", 257)
+
+
 # ---- new -----------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +161,8 @@ def test_new_tokens_take_less_than_an_equal_share(tied, pad):
     old = a_model(ByteTokenizer([EOT]), tied=tied, pad_vocab=pad)
     for parameter in old.model.parameters():
         parameter.data *= 3
+    old.model.embed.weight.data[257:] += 40  # rows of padding are no tokens
+    old.model.lm_head.weight.data[257:] += 40 * (not tied)
     ids, n = torch.arange(24)[None], 5
     before = F.log_softmax(old.model(ids).double(), -1)
     new = add_tokens(old, [f"<|new{i}|>" for i in range(n)])
@@ -234,6 +250,8 @@ def test_an_end_whose_id_fills_the_padding_too_is_learned(packing):
     loss, n = sft_loss()(model, batch)
     without = batch._replace(targets=batch.targets.masked_fill(batch.targets == end, IGNORE))
     less, n_less = sft_loss()(model, without)
-    alone = sum(F.cross_entropy(model(torch.from_numpy(row.ids[None, :-1]).long())[0, -1], torch.tensor(end)) for row in rows)
+    alone = sum(
+        F.cross_entropy(model(torch.from_numpy(row.ids[None, :-1]).long())[0, -1], torch.tensor(end)) for row in rows
+    )
     assert (int(n), int(n_less)) == (9, 6)
     torch.testing.assert_close(loss - less, alone)

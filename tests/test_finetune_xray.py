@@ -31,7 +31,11 @@ def a_row(question, answer, where="rows.csv row 1", **changes):
 def some(n, seed=0):
     generator = random.Random(seed)
     return [
-        a_row([seed, i, *generator.choices(range(300), k=generator.randint(3, 20))], [i % 2 + 400], f"rows.csv row {i + 2}")
+        a_row(
+            [seed, i, *generator.choices(range(300), k=generator.randint(3, 20))],
+            [i % 2 + 400],
+            f"rows.csv row {i + 2}",
+        )
         for i in range(n)
     ]
 
@@ -62,7 +66,8 @@ def test_one_masked_end_among_many_forbids_to_start():
     rows[17] = unlearned(rows[17], -1)
     seen = examine(rows, some(10, 1), ENDS)
     assert codes(seen) == [("error", "R3")] and (seen.answers, seen.ended) == (50, 49)
-    assert "1 of 50 answers" in seen.refuses[0].text and "\n" not in seen.refuses[0].text
+    assert "1 of 50 answers" in seen.refuses[0].text and "first rows.csv row 19" in seen.refuses[0].text
+    assert seen.shown[0] is rows[17] and len({id(row) for row in seen.shown}) == 6
 
 
 def test_an_answer_without_an_end_at_all_forbids_to_start():
@@ -89,11 +94,16 @@ def conversation(masked=()):
         (conversation([5]), (2, 2)),  # or at its beginning
         (replace(conversation(), learned=np.arange(19) > 0), (1, 1)),  # --learn all
         (replace(conversation(), learned=(np.arange(19) > 0) & (np.arange(19) < 18)), (1, 0)),
-        (replace(conversation(), ids=np.append(conversation().ids, 7), learned=np.append(conversation().learned, True)), (2, 2)),
+        (
+            replace(
+                conversation(), ids=np.append(conversation().ids, 7), learned=np.append(conversation().learned, True)
+            ),
+            (2, 2),
+        ),
     ],
 )
 def test_what_is_learned_belongs_to_the_next_end(row, counts):
-    assert ends_learned([row], ENDS) == counts
+    assert ends_learned(row, ENDS) == counts
 
 
 def test_cut_answers_are_counted_and_have_no_end_to_learn():
@@ -201,7 +211,9 @@ HOSTILE = (
     "<script>alert(1)</script>{{ 7919 * 7907 }}{% raw %}<img src=x onerror=y>&lt;\x00\x07\x9b31m\x1b[2J\x1b]0;owned\x07"
     "\r\u202egnp.exe\u2066\u200b\ufeff\U000e0041 [bold]red[/bold] ]]>"
 )
-FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]")
+FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"
+)
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
@@ -235,6 +247,10 @@ def test_every_token_stands_by_itself_with_its_id_and_the_text_is_whole():
     assert learned == row.ids[row.learned].tolist()
     many = [bit for bit in found if len(bit.ids) > 1]
     assert many and all(len(bit.text) == 1 for bit in many)  # bytes of one character, no more
+    half = of_text(ByteTokenizer(NAMES), "", "é")
+    half = Row(np.delete(half.ids, -2), np.delete(half.learned, -2), "x")  # its second byte gone, the end behind it
+    last = bits(half, piece_of(ByteTokenizer(NAMES)), ends)[-2:]
+    assert [(bit.text, len(bit.ids)) for bit in last] == [("\ufffd", 1), ("<|end|>", 1)]
     html = drawn_page([row], tokenizer)
     assert html.count('title="learned') == sum(bit.kind.startswith("learned") for bit in found) and "↵\n" in html
 

@@ -105,6 +105,15 @@ def test_a_beginning_that_several_documents_share():
     check_equal(*twins(), torch.randint(11, (1, 12)), mask, positions)
 
 
+def test_documents_with_and_without_a_beginning_stand_in_one_stack():
+    owner = torch.tensor([0] * 7 + [1] * 6 + [2] * 3)
+    mask = (owner[:, None] == owner).tril()
+    mask[7:13, 1:4] = True
+    stacks = tuned.stacks_of(tuned.documents_of(mask[None, None], 1, 16))
+    assert [len(stack.rows) for stack in stacks] == [2, 1]
+    check_equal(*twins(), torch.randint(11, (1, 16)), mask[None, None], torch.arange(16)[None])
+
+
 def test_a_mask_that_is_not_made_of_documents_is_left_to_the_plain_block():
     torch.manual_seed(3)
     mask = (torch.rand(1, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)

@@ -30,7 +30,7 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32, wide_tables: bool 
     verify(folder)
     run, provenance = read_config(folder / "config.json")
     if n_layer:
-        run = replace(run, model=replace(run.model, n_layer=n_layer, ff_widths="", omit_heads=""))
+        run = replace(run, model=first_blocks(run.model, n_layer))
     tokenizer = load_tokenizer(folder / "tokenizer.json", run.data.unknown)
     model = read_model(folder / "model.safetensors", run.model, dtype, wide_tables)
     return Loaded(model, run, tokenizer, provenance, folder)
@@ -59,6 +59,13 @@ def read_model(path: Path, config: ModelConfig, dtype: torch.dtype = torch.float
                 parameter.data = torch.empty(parameter.shape, dtype=dtype)
             read_into(parameter.data.view(-1), file, header[name], buffer, path)
     return model
+
+
+def first_blocks(config: ModelConfig, n: int) -> ModelConfig:
+    """The config of a model's first n blocks, as wide as they are there."""
+    widths = config.ff_widths.split(",")[: n * config.pattern.count("F")]
+    omitted = [part for part in config.omit_heads.split() if int(part.split(":")[0]) < n * config.pattern.count("A")]
+    return replace(config, n_layer=n, ff_widths=",".join(widths), omit_heads=" ".join(omitted))
 
 
 def within(name: str, n_layer: int) -> bool:

@@ -129,15 +129,18 @@ def measure(make: Callable[[], tuple[nn.Module, Step]], device: torch.device | N
     seconds = min(timed(step, device) for _ in range(TIMED))
     state = [t for o in optimizers.values() for entry in o.state.values() for t in entry.values()]
     sizes = n_bytes([*model.parameters(), *model.buffers()]), n_bytes(state)
-    return Measured(held(device), base, moments, *sizes, seconds)
+    peak = max(held(device), base + max(moments.values()))  # a GPU's was begun anew with each moment
+    return Measured(peak, base, moments, *sizes, seconds)
 
 
 def timed(step: Step, device: torch.device) -> float:
     """Seconds of a step, until the device is done with it."""
     started = time.perf_counter()
     step()
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter() - started
 
 
@@ -192,9 +195,12 @@ class Live(TorchDispatchMode):
 class CudaPeak:
     """In Live's place where torch counts itself, down to what an operation needs within."""
 
+    def __init__(self, device: torch.device):
+        self.device, self.base = device, 0
+
     def __enter__(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
-        self.base, self.highest = torch.cuda.memory_allocated(), 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.base = torch.cuda.memory_allocated(self.device)
 
     def __exit__(self, *_: Any) -> None:
         pass
@@ -204,14 +210,14 @@ class CudaPeak:
 
     def since(self) -> int:
         """The most bytes at once since the last call."""
-        most = torch.cuda.max_memory_allocated() - self.base
-        torch.cuda.reset_peak_memory_stats()
+        most = torch.cuda.max_memory_allocated(self.device) - self.base
+        torch.cuda.reset_peak_memory_stats(self.device)
         return most
 
 
 def tensor_counter(device: torch.device) -> Live | CudaPeak:
     """What counts tensors there."""
-    return CudaPeak() if device.type == "cuda" else Live()
+    return CudaPeak(device) if device.type == "cuda" else Live()
 
 
 # ---- memory, as each system tells it -------------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def tensor_counter(device: torch.device) -> Live | CudaPeak:
 def held(device: torch.device) -> int:
     """The most bytes held there since `resting`: of the process on a CPU, of torch's tensors on a GPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()  # the pool does not shrink by itself: it is as large as the peak was
     return process_peak()
@@ -237,7 +243,7 @@ def resting(device: torch.device) -> int:
     else:
         getattr(torch, device.type).empty_cache()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     return held(device)
 
 

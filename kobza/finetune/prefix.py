@@ -28,8 +28,7 @@ from kobza.finetune.sft import HeadLoss, hidden_of, learned_places, plain_head_l
 from kobza.model import GPT
 from kobza.train import IGNORE, LossFn
 
-
-ROUND = 16  # a line's length is rounded up to it: few lengths, since libraries keep code and memory for each they meet
+ROUND = 32  # a line's length is rounded up to it: few lengths, since libraries keep code and memory for each they meet
 
 
 class Shared(NamedTuple):

@@ -17,12 +17,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kobza.checkpoint import Loaded
-from kobza.config import require
+from kobza.config import InputError, require
+from kobza.finetune.example import Row
 from kobza.model import GPT
 from kobza.tokenizer import Tokenizer
 
@@ -50,7 +54,7 @@ def usual_distance(table: Tensor) -> float:
 
 
 def twins(table: Tensor, radius: float) -> Tensor:
-    """(V,) bool: rows with another within the radius, and some within twice of it.
+    """(V,) bool: rows with another within the radius.
 
     Rows fall into the cells of a random grid in 8 directions, and neighbours in the order of the cells are compared, so that
     256,000 rows take no 256,000^2 pairs. An edge parts a pair a radius apart in one draw of 6, hence three.
@@ -68,6 +72,18 @@ def twins(table: Tensor, radius: float) -> Tensor:
                 close = (table[a].float() - table[b].float()).norm(dim=1) <= radius
                 found[a[close]] = found[b[close]] = True
     return found
+
+
+def untrained_in(rows: Sequence[Row], path: Path, vocab_size: int) -> list[int]:
+    """Ids that stand in rows and that a model.safetensors of kobza's, of which one table is read at a time, never learned."""
+    used, found = np.unique(np.concatenate([row.ids for row in rows])).tolist(), set()
+    try:
+        with safe_open(path, "pt") as file:
+            for name in {"embed.weight", "lm_head.weight"}.intersection(file.keys()):
+                found.update(untrained_rows(file.get_tensor(name)[:vocab_size]))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from None
+    return [i for i in used if i in found]
 
 
 @torch.no_grad()
@@ -88,7 +104,7 @@ def mean_row(table: Tensor, but: Collection[int] = ()) -> Tensor:
     counts[untrained_rows(table) + list(but)] = 0
     require(bool(counts.any()), "no row of the token table is left to take the mean of; name fewer")
     parts = zip(counts.split(PIECE), table.split(PIECE), strict=True)
-    return sum((count @ rows.float() for count, rows in parts), start=table.new_zeros((), dtype=torch.float32)) / counts.sum()
+    return torch.stack([count @ rows.float() for count, rows in parts]).sum(0) / counts.sum()
 
 
 # ---- new -----------------------------------------------------------------------------------------------------------
@@ -117,7 +133,8 @@ def with_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     for name in names:
         for text in (name, f" {name}", f"a{name}b"):
             same = spelled(tokenizer, text) == spelled(grown, text)
-            require(same, f"--add-tokens: {name!r} would be read out of plain text; take a name as <|{name.strip('<|>')}|>")
+            what = f"--add-tokens: {name!r} would be read out of plain text"
+            require(same, f"{what}; take a name as <|{name.strip('<|>')}|>")
     return grown
 
 

@@ -72,13 +72,16 @@ class Xray:
 def examine(train: Sequence[Row], val: Sequence[Row], ends: Sequence[int], remarks: Sequence[Remark] = ()) -> Xray:
     """The X-ray of rows as they came out of a file. ends: ids that end an answer; remarks: of others, to be shown with ours."""
     sides, both = (side(train), side(val)), [*train, *val]
-    answers, ended = ends_learned(both, list(ends))
+    told = [ends_learned(row, ends) for row in both]
+    answers, ended = (sum(column) for column in zip(*told, strict=True)) if told else (0, 0)
+    endless = [row for row, (some, good) in zip(both, told, strict=True) if good < some]
     keys = {row.ids.tobytes() for row in train}
     seen = sum(row.ids.tobytes() in keys for row in val)
     counts = (answers, ended, conflicting(train), seen)
-    found = [*remarks, *judge(*sides, *counts, both)]
+    found = [*remarks, *judge(*sides, *counts, both, endless)]
     order = ("error", "warn", "info")
-    return Xray(*sides, *counts, chosen(train), tuple(sorted(found, key=lambda remark: order.index(remark.severity))))
+    found.sort(key=lambda remark: order.index(remark.severity))
+    return Xray(*sides, *counts, chosen(train, endless), tuple(found))
 
 
 def side(rows: Sequence[Row]) -> Side:
@@ -97,21 +100,17 @@ def stretches(learned: np.ndarray) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def ends_learned(rows: Sequence[Row], ends: Sequence[int]) -> tuple[int, int]:
+def ends_learned(row: Row, ends: Sequence[int]) -> tuple[int, int]:
     """(whole answers, those whose end token is learned). What is learned belongs to the next end token, so that an answer whose
     reasoning is masked counts once; one that was cut with its row has no end."""
-    answers = ended = 0
-    for row in rows:
-        places, closed = np.flatnonzero(np.isin(row.ids, ends)), set()
-        for start, stop in stretches(row.learned):
-            at = int(np.searchsorted(places, max(start, stop - TAIL)))
-            if at < len(places):
-                closed.add(int(places[at]))
-            else:
-                answers += 1
-        answers += len(closed)
-        ended += sum(bool(row.learned[i]) for i in closed)
-    return answers, ended
+    places, closed, open_ = np.flatnonzero(np.isin(row.ids, ends)), set(), 0
+    for start, stop in stretches(row.learned):
+        at = int(np.searchsorted(places, max(start, stop - TAIL)))
+        if at < len(places):
+            closed.add(int(places[at]))
+        else:
+            open_ += not row.cut
+    return len(closed) + open_, sum(bool(row.learned[i]) for i in closed)
 
 
 def conflicting(rows: Sequence[Row]) -> int:
@@ -125,16 +124,24 @@ def conflicting(rows: Sequence[Row]) -> int:
     return sum(len(several) > 1 for several in answers.values())
 
 
-def chosen(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Rows to look at, evenly over the range of lengths; what was cut or has nothing to learn comes first."""
-    odd = [row for row in rows if row.cut or not row.learned.any()][:2]
-    usual = sorted((row for row in rows if not row.cut and row.learned.any()), key=lambda row: len(row.ids))
+def chosen(train: Sequence[Row], endless: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows to look at: some that are not as they should be, then others, evenly over the range of lengths."""
+    odd = [*endless[:2], *[row for row in train if row.cut or not row.learned.any()][:2]]
+    known = {id(row) for row in odd}
+    usual = sorted((row for row in train if not row.cut and id(row) not in known), key=lambda row: len(row.ids))
     n = min(SHOWN - len(odd), len(usual))
-    return tuple(odd + [usual[i] for i in np.linspace(0, len(usual) - 1, n).astype(int)] if n else odd)
+    return tuple(odd + [usual[i] for i in np.linspace(0, len(usual) - 1, n).astype(int)])
 
 
 def judge(
-    train: Side, val: Side, answers: int, ended: int, conflicts: int, seen: int, rows: Sequence[Row]
+    train: Side,
+    val: Side,
+    answers: int,
+    ended: int,
+    conflicts: int,
+    seen: int,
+    rows: Sequence[Row],
+    endless: Sequence[Row],
 ) -> list[Remark]:
     """What a person should know of the counts."""
     found, whole = [], train.rows + val.rows
@@ -146,14 +153,15 @@ def judge(
         n = train.nothing + val.nothing
         first = next(row.where for row in rows if not row.learned.any())
         found.append(Remark("warn", "R5", f"{n} of {whole} rows have nothing to learn and are left out, first {first}"))
-    if ended < answers:
-        text = f"{answers - ended} of {answers} answers are learned without their end, so the model would never stop"
+    if endless:
+        first = f"first {endless[0].where}"
+        text = f"{answers - ended} of {answers} answers are learned without their end, {first}, so the model would never stop"
         remedy = "the template must close an answer with a token that ends it"
         found.append(Remark("error", "R3", f"{text}; {remedy}"))
     if train.cut + val.cut:
         share = (train.cut + val.cut) / whole
         most = max(row.cut for row in rows)
-        text = f"{share:.1%} of the rows are longer than --max-len and were cut, their ends with it; the longest lost {most} tokens"
+        text = f"{share:.1%} of the rows are longer than --max-len and were cut, their ends too; the longest lost {most} tokens"
         found.append(Remark("warn" if share > CUT_SHARE else "info", "R3", text))
     if train.twice:
         share = train.twice / train.rows

@@ -1,11 +1,11 @@
 """Sub-layers for tuning with LoRA on a CPU: one autograd node for x + attn(norm(x)), one for x + mlp(norm(x)).
 
 Of a Llama-like block whose own weights stay and whose linear layers may carry LoRA matrices. What makes it faster than the plain
-modules: no gradient of what stays; attention in whole products, document by document as the mask allows, where torch's CPU
-attention takes thrice as long in bf16 and computes what the mask hides; the A matrices of one input in one product; sums within
-products; few passes. What makes it smaller: the backward is derived by hand and keeps x, q, k, v, gate and up. A weight
-that is kept in few bits is widened for its product and again for the backward, never kept wide. Names and parameters are the
-plain modules' own; a block that has more than this file computes stays as it is, as does generating with a cache.
+modules: no gradient of what stays; attention in whole products, over what the mask lets each document see, where torch's CPU
+attention takes thrice as long in bf16 and computes what is hidden; the A matrices of one input in one product; sums within
+products; few passes. What makes it smaller: the backward is derived by hand and keeps x, q, k, v, gate and up. A weight in few
+bits is widened for its product and again for the backward, never kept wide. Names and parameters are the plain modules' own; a
+block that has more than this file computes stays as it is, as does generating with a cache.
 
 Shapes: M tokens of all lines, C n_embd, H n_head, K n_kv_head, G = H / K, D head_dim, F n_ff, t tokens of a document, s what it
 sees, r rank.
@@ -35,7 +35,7 @@ from kobza.surgery import replace_modules
 
 aten = torch.ops.aten
 
-ROUND = 16
+ROUND = 16  # of the sizes of a stack
 MOST_SCORES = 1 << 20  # t * s of a document: beyond, torch's attention, which never holds them all, is the better one
 
 
@@ -179,7 +179,7 @@ class Group:
         return outs, h
 
     def backward(
-        self, gs: list[Tensor], x: Tensor | Callable[[], Tensor], h: Tensor | None, wants_dx: bool
+        self, gs: list[Tensor], x: Tensor, h: Tensor | None, wants_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients g of each y -> that of x (None if not wanted), and of what `learned` lists."""
         dx = None
@@ -289,7 +289,7 @@ class Seen:
         B, T, _ = shape
         if self.mask_key is None or self.mask_key[0] is not mask or self.mask_key[1:] != (B, T):
             found = [Document(b * T, b * T + T, 0, 0) for b in range(B)] if mask is None else documents_of(mask, B, T)
-            small = found is not None and all(most_scores(document) <= MOST_SCORES for document in found)
+            small = found is not None and all(n_scores(document) <= MOST_SCORES for document in found)
             self.mask_key, self.found = (mask, B, T), stacks_of(found) if small else None
         return self.found
 
@@ -304,7 +304,7 @@ class Seen:
         return self.full
 
 
-def most_scores(document: Document) -> int:
+def n_scores(document: Document) -> int:
     """t * s."""
     t = document.end - document.first
     return t * (t + document.shared_end - document.shared)
@@ -361,7 +361,7 @@ def stacks_of(documents: list[Document]) -> list[Stack]:
     stacks: list[list[Document]] = []
     for document in sorted(documents, key=lambda d: (d.first - d.end, d.first)):
         t, longest = document.end - document.first, stacks[-1][0] if stacks else None
-        full = longest is None or (len(stacks[-1]) + 1) * most_scores(longest) > MOST_SCORES
+        full = longest is None or (len(stacks[-1]) + 1) * n_scores(longest) > MOST_SCORES
         if full or 4 * t < 3 * (longest.end - longest.first):
             stacks.append([])
         stacks[-1].append(document)
@@ -375,7 +375,7 @@ def stacked(documents: list[Document]) -> Stack:
     there, known = step < end - first, before < shared_end - shared  # (n, t), (n, s - t)
     rows = torch.where(there, first + step, 0)
     keys = torch.cat((torch.where(known, shared + before, 0), rows), 1)
-    own = (step <= step[:, None]).expand(len(documents), -1, -1)  # what is no token sees something too, else it were nan
+    own = (step <= step[:, None]).expand(len(documents), -1, -1)  # of what is no token too, else its softmax were nan
     sees = torch.cat((known[:, None].expand(-1, len(step), -1), own), 2)  # (n, t, s)
     unseen = torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))[:, None, None]
     places = there.flatten().nonzero().flatten()

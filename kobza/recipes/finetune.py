@@ -26,6 +26,7 @@ from kobza.device import Runtime, device_name, make_runtime, memory_error, rng_s
 from kobza.doctor.training.blackbox import refuse_spoiled
 from kobza.finetune import xray_page
 from kobza.finetune.config import TuneConfig
+from kobza.finetune.plan import resting
 from kobza.finetune.run import (
     SaveAdapter,
     State,
@@ -139,13 +140,14 @@ def tune(
     before = json.loads((out / "before.json").read_text(encoding="utf-8"))
     introduce(config, loaded, work, method.words, before, runtime, console, state.standing.step)
     outcome, after = go(tuning, state, work, method.save, console)
+    standing = state.standing
+    del loaded, method, work, tuning, state  # before the picture, which wants room of its own
+    resting(runtime.device)
     if outcome == "interrupted":
         go_on = f"kobza finetune --resume --out {shlex.quote(str(out))}"
-        console.print(f"interrupted at step {state.standing.step}; saved. Go on: {go_on}", markup=False, soft_wrap=True)
+        console.print(f"interrupted at step {standing.step}; saved. Go on: {go_on}", markup=False, soft_wrap=True)
         return 130
-    if outcome == "failed":
-        return 1
-    return finish(tuning, state.standing, before, after, console, as_json)
+    return 1 if outcome == "failed" else finish(out, config, standing, before, after, console, as_json)
 
 
 def with_steps(config: TuneConfig, per_epoch: int) -> TuneConfig:
@@ -240,7 +242,8 @@ def go(
 
 
 def finish(
-    tuning: Tuning,
+    out: Path,
+    config: TuneConfig,
     standing: Standing,
     before: dict[str, float],
     after: dict[str, float],
@@ -248,7 +251,7 @@ def finish(
     as_json: bool,
 ) -> int:
     """Draw the course and say what was reached -> exit code."""
-    out, say = tuning.out, console.print
+    say = console.print
     picture = out / "loss.png"
     write_png(picture, loss_figure(read_metrics(out / "metrics.jsonl")))
     best = read_best(out) or {"step": standing.step, "val_loss": None}
@@ -256,7 +259,7 @@ def finish(
     say(f"before    {told(before)}\nafter     {told(after)}")
     name = escape(shlex.quote(str(out)))
     say(f"\npicture   {escape(str(picture))}", soft_wrap=True)
-    merge = "" if tuning.config.method.method != "lora" else f"\n          kobza merge {name} --out {name}-merged"
+    merge = "" if config.method.method != "lora" else f"\n          kobza merge {name} --out {name}-merged"
     say(f"next      kobza chat {name}{merge}", soft_wrap=True)
     if as_json:
         print(
