@@ -347,3 +347,52 @@ def test_plan_tells_memory_and_time(base, files, capsys):
     assert main(words) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["peak_bytes"] > 0 and said["seconds"] > 0
+
+
+def test_new_tokens_travel_with_the_adapter(base, files, tmp_path, capsys):
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    words = (*SHORT, "--add-tokens", "<|tool|>,<|done|>", "--train.steps", "3")
+    assert call(base, files / "things.csv", out, *words, table=True) == 2
+    assert "--embeddings" in capsys.readouterr().err
+    assert call(base, files / "things.csv", out, *words, "--embeddings", table=True) == 0
+    assert main(["merge", str(out), "--out", str(merged)]) == 0
+    before, loaded, whole = load_checkpoint(base), open_checkpoint(out), load_checkpoint(merged)
+    assert loaded.model.config.vocab_size == before.model.config.vocab_size + 2
+    assert loaded.tokenizer.specials["<|tool|>"] == before.tokenizer.vocab_size
+    assert torch.equal(loaded.model.embed.weight, whole.model.embed.weight)
+    wrapped, _ = open_adapter(checkpoint_path(out, 3), "cpu")
+    ids = torch.arange(loaded.model.config.vocab_size)[None, :200]
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(ids), wrapped.model(ids), atol=1e-5)
+    assert main(["finetune", "--resume", "--out", str(out), "--train.steps", "5"]) == 0
+
+
+def test_rows_that_were_never_trained_begin_at_the_mean(base, files, tmp_path, capsys):
+    odd = tmp_path / "odd"
+    loaded = load_checkpoint(base)
+    i = loaded.tokenizer.specials["<|im_start|>"]
+    with torch.no_grad():
+        loaded.model.embed.weight[i] = 0
+    save_checkpoint(odd, loaded.model, loaded.run, loaded.tokenizer, loaded.provenance)
+    out = tmp_path / "out"
+    assert call(odd, files / "things.csv", out, *SHORT, "--train.steps", "3", table=True) == 0
+    assert "<|im_start|>" in capsys.readouterr().out
+    table = open_checkpoint(out).model.embed.weight
+    others = torch.cat((table[:i], table[i + 1 :]))
+    assert torch.allclose(table[i], others.mean(0), atol=1e-6)
+
+
+def test_a_model_from_scratch_learns_answers_too(files, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text((WORDS + "What colour is the cat 1? red\n") * 60)
+    run, out = tmp_path / "run", tmp_path / "out"
+    small = "--model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.n_ff 32 --model.max_seq_len 64".split()
+    assert main(["train", str(text), "--out", str(run), *small, "--train.steps", "5", "--train.eval_interval", "5"]) == 0
+    short = ("--prompt", "What colour is the {thing}?", "--answer", " {colour}", "--method", "full", "--train.steps", "3")
+    capsys.readouterr()
+    assert main(["finetune", str(run), str(files / "things.csv"), "--out", str(out), *short]) == 2
+    assert "end" in capsys.readouterr().err
+    more = ("--add-tokens", "<|endoftext|>")
+    assert main(["finetune", str(run), str(files / "things.csv"), "--out", str(out), *short, *more]) == 0
+    assert open_checkpoint(out).tokenizer.ends
+    assert main(["generate", str(out), "--prompt", "What colour is the cat 1?", "--tokens", "5"]) == 0

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kobza.config import InputError, ModelConfig, TrainConfig
-from kobza.finetune.answers import answer_logprobs
 from kobza.finetune.config import MethodConfig
 from kobza.finetune.encode import PromptRow
 from kobza.finetune.example import Packed, Row
@@ -24,7 +23,7 @@ from kobza.finetune.prefix import shared_hidden
 from kobza.finetune.reward import REWARDS, boxes, final, make_reward, number
 from kobza.finetune.rollouts import Rollouts, draw_answers, group_advantages, grpo_loss
 from kobza.finetune.rows import PackedBatches
-from kobza.finetune.sft import hidden_of, sft_loss
+from kobza.finetune.sft import hidden_of, sft_loss, token_logprobs
 from kobza.generate import draw
 from kobza.model import build
 from kobza.optim import make_optimizers
@@ -411,7 +410,7 @@ def test_of_many_targets_some_logits_are_at_hand_at_a_time(monkeypatch):
     batch = next(rollouts(model, groups=6))
     whole = grpo_loss(0.0)(model, batch)[0]
     wanted = gradients(model, whole)
-    monkeypatch.setattr("kobza.finetune.answers.CHUNK", 7)
+    monkeypatch.setattr("kobza.finetune.sft.CHUNK", 7)
     with watch(model, lambda name, _: name == "lm_head", lambda _, y: seen.append(len(y))):
         loss = grpo_loss(0.0)(model, batch)[0]
         found = gradients(model, loss)
@@ -441,7 +440,7 @@ def test_with_an_adapter_the_model_as_it_was_is_the_one_without():
         pass
     later = next(batches)
     assert not torch.allclose(later.old, later.reference, atol=1e-3)
-    wanted = answer_logprobs(build(ModelConfig(**SIZES | {"init": "gpt2"})), Packed(*later[:4]))
+    wanted = token_logprobs(build(ModelConfig(**SIZES | {"init": "gpt2"})), Packed(*later[:4]))
     assert_close(later.reference, wanted, rtol=1e-5, atol=1e-5)
     for name, p in model.named_parameters():
         assert name not in base or torch.equal(p, base[name])

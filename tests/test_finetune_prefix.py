@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kobza.config import ModelConfig
 from kobza.finetune import prefix
 from kobza.finetune.example import Row
-from kobza.finetune.prefix import prefix_loss, shared_hidden
+from kobza.finetune.prefix import shared_hidden
 from kobza.finetune.rows import collate
 from kobza.finetune.sft import hidden_of, sft_loss
 from kobza.model import build
@@ -50,7 +50,7 @@ def loss_and_gradients(loss_fn, model, batch):
 
 def check_equal(model, batch):
     loss, n, gradients = loss_and_gradients(sft_loss(), model, batch)
-    shared_loss, shared_n, shared_gradients = loss_and_gradients(prefix_loss(), model, batch)
+    shared_loss, shared_n, shared_gradients = loss_and_gradients(sft_loss(hidden=shared_hidden), model, batch)
     assert n == shared_n
     assert torch.allclose(loss, shared_loss, rtol=1e-10)
     for name, gradient in gradients.items():

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from kobza.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from kobza.config import DataConfig, InputError, ModelConfig, RunConfig, TrainConfig
+from kobza.finetune.config import MethodConfig
 from kobza.finetune.example import Row
+from kobza.finetune.lora import add_lora
+from kobza.finetune.peft import Base, load_adapter, save_adapter
 from kobza.finetune.rows import PackedBatches
 from kobza.finetune.sft import sft_loss
 from kobza.finetune.tokens import add_tokens, mend_rows, untrained_in, untrained_rows, with_tokens
@@ -224,6 +227,27 @@ def test_frozen_tables_stay_frozen_and_keep_their_dtype():
     old.model.bfloat16().requires_grad_(False)
     new = add_tokens(old, ["<|a|>"])
     assert new.model.embed.weight.dtype == torch.bfloat16 and not new.model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_that_learned_travel_with_the_adapter(tmp_path, tied):
+    """Rows are added in the same way to a fresh base, then the adapter brings what they learned."""
+
+    def widened():
+        return add_tokens(a_model(ByteTokenizer([EOT]), tied=tied), ["<|tool|>", "<think>"])
+
+    tuned, method = widened(), MethodConfig(rank=4, embeddings=True)
+    add_lora(tuned.model, method, seed=0)
+    with torch.no_grad():
+        for parameter in tuned.model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.1
+    save_adapter(tmp_path / "a", tuned.model, tuned.run.model, method, Base("base", "0" * 64))
+    fresh = widened()
+    load_adapter(tmp_path / "a", fresh.model, fresh.run.model, "0" * 64)
+    ids = torch.tensor([[257, 65, 258, 66]])
+    assert torch.equal(fresh.model(ids), tuned.model(ids)) and not torch.equal(widened().model(ids), tuned.model(ids))
+    assert not torch.equal(fresh.model.embed.weight[257], fresh.model.embed.weight[258])
 
 
 # ---- padding is no token -------------------------------------------------------------------------------------------

@@ -1,20 +1,12 @@
-"""What preferences and rewards share: examples in turn, their rows beneath each other, and how likely the answers are."""
+"""What preferences and rewards share: examples in turn, and their rows beneath each other."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kobza.finetune.example import Packed, Row
 from kobza.finetune.rows import collate
-from kobza.finetune.sft import Hidden, hidden_of, learned_places
-from kobza.layers import widen
-from kobza.model import GPT
-
-CHUNK = 1024  # targets whose logits are at hand at once: 400 MB at 100,000 tokens
 
 
 class Order:
@@ -62,24 +54,3 @@ class Order:
 def below_each_other(rows: list[Row], device: torch.device) -> Packed:
     """A line for each row, as wide as the longest."""
     return collate([[row] for row in rows], max(len(row.ids) for row in rows) - 1, device)
-
-
-def answer_logprobs(
-    model: GPT, batch: Packed, dtype: torch.dtype | None = None, temperature: float = 1.0, hidden: Hidden = hidden_of
-) -> Tensor:
-    """Log-probability of each target (B, T), float32, under logits divided by the temperature; 0 where there is no target. Of
-    many targets some logits at a time, computed anew on the way back."""
-    at = learned_places(batch)
-    x = hidden(model, batch, dtype).flatten(0, 1).index_select(0, at)  # (N, C)
-    pieces = list(zip(x.split(CHUNK), batch.targets.flatten()[at].split(CHUNK), strict=True))
-    if len(pieces) > 1:
-        parts = [checkpoint(_of_targets, model, *piece, temperature, use_reentrant=False) for piece in pieces]
-    else:
-        parts = [_of_targets(model, *piece, temperature) for piece in pieces]
-    found = torch.cat(parts)  # (N,)
-    return found.new_zeros(batch.targets.numel()).index_copy(0, at, found).view_as(batch.targets)
-
-
-def _of_targets(model: GPT, x: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """x (N, C), targets (N,) -> (N,)"""
-    return -F.cross_entropy(widen(model.logits(x)) / temperature, targets, reduction="none")

@@ -175,6 +175,11 @@ class TuneConfig:
             value = getattr(self.train, name)
             idle = f"--train.{name.replace('_', '-')} {value} has no effect in a tuning; leave it out"
             require(value == getattr(start, name), idle)
+        frozen = self.method.method == "lora" and not self.method.embeddings
+        alike = (
+            "--add-tokens: the table is frozen, so new tokens would stay alike; add --embeddings, or take --method full"
+        )
+        require(not (self.source.add_tokens and frozen), alike)
         paired = self.objective.objective not in ("sft", "distill")
         what = f"with --objective {self.objective.objective}"
         require(not (paired and self.rows.packing), f"--packing has no effect {what}; leave it out")

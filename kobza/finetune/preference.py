@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kobza.config import require
-from kobza.finetune.answers import Order, answer_logprobs, below_each_other
+from kobza.finetune.answers import Order, below_each_other
 from kobza.finetune.example import Packed, Row
-from kobza.finetune.sft import Hidden, hidden_of
+from kobza.finetune.sft import Hidden, hidden_of, token_logprobs
 from kobza.model import GPT
 from kobza.train import IGNORE, LossFn
 
@@ -162,7 +162,7 @@ def reference_logprobs(
     model.eval()
     for start in range(0, len(rows), micro_batch):
         places = by_length[start : start + micro_batch]
-        sums = answer_logprobs(model, below_each_other([rows[i] for i in places], device), dtype).sum(-1)
+        sums = token_logprobs(model, below_each_other([rows[i] for i in places], device), dtype).sum(-1)
         found.update(zip(places, sums.tolist(), strict=True))
     model.train(was_training)
     wide = np.float64 if sums.dtype == torch.float64 else np.float32
@@ -174,13 +174,13 @@ def reference_logprobs(
 
 def answer_gains(model: GPT, batch: Pairs, dtype: torch.dtype | None = None, hidden: Hidden = hidden_of) -> Tensor:
     """By how much the model has made each answer likelier than it was, nats, (2B,)."""
-    return answer_logprobs(model, Packed(*batch[:4]), dtype, hidden=hidden).sum(-1) - batch.reference
+    return token_logprobs(model, Packed(*batch[:4]), dtype, hidden=hidden).sum(-1) - batch.reference
 
 
 def answer_means(model: GPT, batch: Pairs, dtype: torch.dtype | None = None, hidden: Hidden = hidden_of) -> Tensor:
     """Mean log-probability of each answer's tokens, nats, (2B,)."""
     n = (batch.targets != IGNORE).sum(-1)
-    return answer_logprobs(model, Packed(*batch[:4]), dtype, hidden=hidden).sum(-1) / n
+    return token_logprobs(model, Packed(*batch[:4]), dtype, hidden=hidden).sum(-1) / n
 
 
 def dpo_loss(beta: float, dtype: torch.dtype | None = None, hidden: Hidden = hidden_of) -> LossFn:

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from kobza.finetune.example import Packed
-from kobza.finetune.sft import HeadLoss, hidden_of, learned_places, plain_head_loss
+from kobza.finetune.sft import hidden_of
 from kobza.model import GPT
-from kobza.train import IGNORE, LossFn
 
 ROUND = 32  # a line's length is rounded up to it: few lengths, since libraries keep code and memory for each they meet
 
@@ -44,22 +43,9 @@ class Shared(NamedTuple):
     """(B, T): the place of the line that computes it; of padding, any"""
 
 
-def prefix_loss(
-    dtype: torch.dtype | None = None, head_loss: HeadLoss = plain_head_loss, by_document: bool = False
-) -> LossFn:
-    """`sft_loss` with shared beginnings computed once. by_document: the model's attention leaves out what the mask leaves out
-    (kernels/tuned.py), so that a long line costs no more than its documents."""
-
-    def loss_fn(model: GPT, batch: Packed) -> tuple[Tensor, Tensor]:
-        at = learned_places(batch)
-        x = shared_hidden(model, batch, dtype, by_document).flatten(0, 1).index_select(0, at)  # (N, C)
-        return head_loss(model, x, batch.targets.flatten()[at]), (batch.targets != IGNORE).sum()
-
-    return loss_fn
-
-
 def shared_hidden(model: GPT, batch: Packed, dtype: torch.dtype | None = None, by_document: bool = False) -> Tensor:
-    """What the head reads (B, T, C), as `hidden_of` gives it; only at padding it differs."""
+    """What the head reads (B, T, C), as `hidden_of` gives it; only at padding it differs. by_document: the model's attention
+    leaves out what the mask leaves out (kernels/tuned.py), so that a long line costs no more than its documents."""
     ends = documents_of(batch.documents.cpu().numpy())
     n_shared = shared_length(batch.inputs.cpu().numpy(), ends) if ends else 0
     if not ends or model.config.window or not pays(model, batch, ends, n_shared, by_document):

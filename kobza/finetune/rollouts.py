@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from kobza.config import require
-from kobza.finetune.answers import Order, answer_logprobs, below_each_other
+from kobza.finetune.answers import Order, below_each_other
 from kobza.finetune.encode import PromptRow
 from kobza.finetune.example import Packed, Row
 from kobza.finetune.reward import Reward
-from kobza.finetune.sft import Hidden, hidden_of
+from kobza.finetune.sft import Hidden, hidden_of, token_logprobs
 from kobza.generate import KVCache, draw
 from kobza.layers import widen
 from kobza.model import GPT
@@ -68,7 +68,7 @@ def grpo_loss(
 
     def loss_fn(model: GPT, batch: Rollout) -> tuple[Tensor, Tensor]:
         learned, gains = batch.targets != IGNORE, batch.advantages[:, None]
-        now = answer_logprobs(model, Packed(*batch[:4]), dtype, temperature, hidden)  # (B, T)
+        now = token_logprobs(model, Packed(*batch[:4]), dtype, temperature, hidden)  # (B, T)
         ratio = torch.exp(now - batch.old)
         loss = -torch.minimum(ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains)
         if beta:
@@ -294,11 +294,11 @@ class Rollouts:
                 rows.append(Row(whole, np.arange(len(whole)) >= len(prompt), question.where))
         packed, was_training = below_each_other(rows, self.model.embed.weight.device), self.model.training
         self.model.eval()
-        old = answer_logprobs(self.model, packed, self.dtype, self.temperature, self.hidden)
+        old = token_logprobs(self.model, packed, self.dtype, self.temperature, self.hidden)
         reference = torch.full_like(old, torch.nan)
         if self.as_it_was is not None:
             with self.as_it_was():
-                reference = answer_logprobs(self.model, packed, self.dtype, self.temperature, self.hidden)
+                reference = token_logprobs(self.model, packed, self.dtype, self.temperature, self.hidden)
         self.model.train(was_training)
         return Rollout(*packed, torch.from_numpy(advantages.flatten()).to(old), old, reference)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kobza.finetune.example import Packed
 from kobza.layers import widen
@@ -21,6 +22,7 @@ from kobza.model import GPT
 from kobza.train import IGNORE, LossFn
 
 HeadLoss = Callable[[GPT, Tensor, Tensor], Tensor]  # model, x (N, C), targets (N,) -> summed nats, float32
+CHUNK = 1024  # targets whose logits are at hand at once: 400 MB at 100,000 tokens
 Hidden = Callable[[GPT, Packed, torch.dtype | None], Tensor]  # -> what the head reads (B, T, C)
 
 
@@ -66,9 +68,22 @@ def sft_loss(
     return loss_fn
 
 
-def token_logprobs(model: GPT, batch: Packed, dtype: torch.dtype | None = None) -> Tensor:
-    """Log-probability of each target (B, T) in float32; 0 where there is none."""
+def token_logprobs(
+    model: GPT, batch: Packed, dtype: torch.dtype | None = None, temperature: float = 1.0, hidden: Hidden = hidden_of
+) -> Tensor:
+    """Log-probability of each target (B, T), float32, under logits divided by the temperature; 0 where there is no target. Of
+    many targets some logits at a time, computed anew on the way back."""
     at = learned_places(batch)
-    x = hidden_of(model, batch, dtype).flatten(0, 1).index_select(0, at)  # (N, C)
-    found = -F.cross_entropy(widen(model.logits(x)), batch.targets.flatten()[at], reduction="none")  # (N,)
+    x = hidden(model, batch, dtype).flatten(0, 1).index_select(0, at)  # (N, C)
+    pieces = list(zip(x.split(CHUNK), batch.targets.flatten()[at].split(CHUNK), strict=True))
+    if len(pieces) > 1:
+        parts = [checkpoint(_of_targets, model, *piece, temperature, use_reentrant=False) for piece in pieces]
+    else:
+        parts = [_of_targets(model, *piece, temperature) for piece in pieces]
+    found = torch.cat(parts)  # (N,)
     return found.new_zeros(batch.targets.numel()).index_copy(0, at, found).view_as(batch.targets)
+
+
+def _of_targets(model: GPT, x: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """x (N, C), targets (N,) -> (N,)"""
+    return -F.cross_entropy(widen(model.logits(x)) / temperature, targets, reduction="none")

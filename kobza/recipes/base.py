@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import torch
 from kobza.checkpoint import Loaded, find_checkpoint, read_config
 from kobza.config import InputError, RunConfig, require
 from kobza.device import Runtime
+from kobza.doctor.files.template import CHECKS as TEMPLATE_CHECKS
+from kobza.doctor.files.template import TemplateSubject, Tokens
+from kobza.doctor.finding import examine
 from kobza.finetune.base import load_base
 from kobza.finetune.config import MethodConfig, TuneConfig
+from kobza.finetune.example import Row
 from kobza.finetune.lora import choose_weights, freeze_base
 from kobza.finetune.peft import Base as AdapterBase
 from kobza.finetune.peft import write_adapter
 from kobza.finetune.rates import check_rates
 from kobza.finetune.run import SaveAdapter
+from kobza.finetune.tokens import untrained_in, with_tokens
 from kobza.finetune.xray import Remark
 from kobza.formats.chat import ChatEncoder
 from kobza.formats.template import ChatTemplate
@@ -29,10 +35,11 @@ from kobza.model import GPT
 from kobza.optim import make_optimizers
 from kobza.quant import nf4
 from kobza.quant.adam8 import AdamW8bit
-from kobza.recipes.tuned import ADAPTER, template_of, weights_digest
+from kobza.recipes.tuned import ADAPTER, template_of, weights_digest, with_rows
 from kobza.surgery import freeze
 from kobza.tokenizer import Tokenizer, load_tokenizer
 
+SHOWN = 6  # tokens that are named
 USUAL_LENGTH = 1024  # tokens of a row where nobody asks for more: memory goes with it
 
 
@@ -49,11 +56,11 @@ class Base:
     ends: list[int]
     remarks: list[Remark] = field(default_factory=list)
 
-    def piece(self, i: int) -> str:
-        """An id as a person reads it: special tokens by name."""
-        return self.names[i] if i in self.names else self.tokenizer.pieces[i].decode("utf-8", errors="replace")
+    def piece(self, i: int) -> str | bytes:
+        """An id for a person: a special token by name, any other as its bytes."""
+        return self.names[i] if i in self.names else self.tokenizer.pieces[i]
 
-    @property
+    @cached_property
     def names(self) -> dict[int, str]:
         """Special tokens by id."""
         return {i: name for name, i in self.tokenizer.specials.items()}
@@ -69,13 +76,20 @@ def open_base(config: TuneConfig) -> Base:
     require(not (folder / ADAPTER).exists(), merged)
     run, provenance = read_config(folder / "config.json")
     tokenizer = load_tokenizer(folder / "tokenizer.json", run.data.unknown)
+    added = [name for name in source.add_tokens.split(",") if name]
+    tokenizer = with_tokens(tokenizer, added) if added else tokenizer
     template = find_template(source.template, provenance, tokenizer, folder)
     stops = list(provenance.get("ends") or tokenizer.ends)
     encoder = None if template is None else ChatEncoder(template, tokenizer, stops)
     ends = list(dict.fromkeys([*stops, *(encoder.ends.values() if encoder else ())]))
     name = {"name": source.model, "folder": str(folder.resolve()), "sha256": weights_digest(folder)}
     about = provenance | {"base": name | {"source": provenance.get("source")}, "ends": ends}
-    about |= {"method": asdict(config.method), "objective": asdict(config.objective), "data": source.data}
+    about |= {
+        "added_tokens": added,
+        "method": asdict(config.method),
+        "objective": asdict(config.objective),
+        "data": source.data,
+    }
     if template is not None:
         parts = {
             "source": template.source,
@@ -84,7 +98,19 @@ def open_base(config: TuneConfig) -> Base:
             "specials": dict(template.specials),
         }
         about |= {"chat_template": parts}
-    return Base(folder, run, tokenizer, about, encoder, ends)
+    remarks = [] if template is None else template_remarks(template, tokenizer, ends)
+    return Base(folder, run, tokenizer, about, encoder, ends, remarks)
+
+
+def with_mended(base: Base, rows: list[Row]) -> Base:
+    """The base with a word on the tokens of rows that it never learned: their rows will be the mean of the trained ones."""
+    ids = untrained_in(rows, base.folder / "model.safetensors", base.run.model.vocab_size)
+    if not ids:
+        return base
+    names = ", ".join(base.tokenizer.show(i) for i in ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
+    text = f"{len(ids)} tokens of the rows were never trained ({names}): each is set to the mean of those that were"
+    remark = Remark("warn", "L1", f"{text}; --embeddings lets them learn and keeps them in the adapter")
+    return replace(base, provenance=base.provenance | {"mended": ids}, remarks=[*base.remarks, remark])
 
 
 def with_length(config: TuneConfig, base: Base) -> TuneConfig:
@@ -112,6 +138,15 @@ def find_template(file: str, provenance: dict[str, Any], tokenizer: Tokenizer, f
     return turns_from_example(text, tokenizer.specials, bos_of(tokenizer), file).template()
 
 
+def template_remarks(template: ChatTemplate, tokenizer: Tokenizer, ends: list[int]) -> list[Remark]:
+    """What the doctor finds in a template. None of it forbids to start: what is learned is shown, and judged by itself."""
+    stops = [name for name, i in tokenizer.specials.items() if i in ends]
+    tokens = Tokens(frozenset(tokenizer.specials), bos_of(tokenizer), False)
+    outcomes = examine(TEMPLATE_CHECKS, TemplateSubject(template.name, template, tokens, stops))
+    found = [finding for outcome in outcomes for finding in outcome.findings if finding.severity != "info"]
+    return [Remark("warn", f.code, f"{f.where}: expected {f.expected}, got {f.got}: {f.why}; {f.fix}") for f in found]
+
+
 def bos_of(tokenizer: Tokenizer) -> str:
     """The name of the token that begins a text; "" where there is none."""
     return next((name for name, i in tokenizer.specials.items() if i == tokenizer.bos_id), "")
@@ -121,7 +156,7 @@ def load_weights(base: Base, config: TuneConfig, runtime: Runtime, n_layer: int 
     """The base's weights in the number format in which the tuning keeps them; n_layer: of its first blocks only."""
     stays = config.method.method == "lora" and config.method.quantize == "none"
     dtype = runtime.compute_dtype if stays else torch.float32
-    loaded = load_base(base.folder, dtype, config.method.embeddings, n_layer)
+    loaded = with_rows(load_base(base.folder, dtype, config.method.embeddings, n_layer), base.provenance)
     return replace(loaded, tokenizer=base.tokenizer, provenance=base.provenance)
 
 

@@ -40,7 +40,7 @@ from kobza.finetune.run import (
 from kobza.finetune.xray import Remark, examine
 from kobza.log import MetricsLog, ProgressLine
 from kobza.pages.shell import write_png, write_whole
-from kobza.recipes.base import Base, install, load_weights, open_base, with_length
+from kobza.recipes.base import Base, install, load_weights, open_base, with_length, with_mended
 from kobza.recipes.objectives import SIDES, Learned, Work, load_learned, make_learned, make_work, save_learned
 from kobza.recipes.train import Interrupt, make_record, stop_reason
 from kobza.report.metrics import read_metrics
@@ -66,6 +66,7 @@ def main(config: TuneConfig, out: Path | None, resume: bool, dry_run: bool, devi
         learn, hold = (
             (load_learned(out / "rows" / side) for side in ("train", "val")) if resume else make_learned(config, base)
         )
+        base = with_mended(base, [*learn.rows, *hold.rows])
         if config.objective.objective == "grpo":  # nothing is learned of a question
             facts = show_questions(config, base, learn, hold, console)
         else:
@@ -84,7 +85,8 @@ def show_questions(config: TuneConfig, base: Base, learn: Learned, hold: Learned
     say(f"questions {len(learn.rows):,} to answer, {len(hold.rows):,} held out, of up to {longest} tokens; "
         f"measured by {config.objective.reward}")  # fmt: skip
     first = learn.rows[0]
-    say(f"\n[dim]{escape(first.where)}[/dim]\n" + escape("".join(base.piece(int(i)) for i in first.ids)))
+    say(f"\n[dim]{escape(xray_page.line(first.where))}[/dim]")
+    say(xray_page.row_text(first, base.piece, base.ends))
     say(f"[dim]expected[/dim]  {escape(str(learn.known['expected'][0]))}\n")
     return {"questions": len(learn.rows), "held_out": len(hold.rows), "longest": longest}
 
@@ -100,7 +102,7 @@ def show_rows(
     for name, value in xray_page.numbers(seen):
         say(f"{name:18}{escape(value)}")
     for row in seen.shown[:3]:
-        say(f"\n[dim]{escape(row.where)}[/dim]")
+        say(f"\n[dim]{escape(xray_page.line(row.where))}[/dim]")
         say(xray_page.row_text(row, base.piece, base.ends))
     say("")
     for remark in seen.remarks:
@@ -108,7 +110,7 @@ def show_rows(
     title = f"{config.source.data} for {config.source.model}"
     page = write_whole(out / "xray.html", xray_page.page(title, seen, learn.own, base.piece, base.ends))
     say(f"rows      {escape(str(page))}")
-    require(not seen.refuses, seen.refuses[0].text if seen.refuses else "")
+    require(not seen.refuses, xray_page.line(seen.refuses[0].text) if seen.refuses else "")
     return {"xray": xray_page.figures(seen), "page": str(page)}
 
 

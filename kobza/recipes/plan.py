@@ -12,7 +12,7 @@ from torch import nn
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error
 from kobza.finetune.config import TuneConfig
 from kobza.finetune.plan import Estimate, Step, estimate
-from kobza.recipes.base import install, load_weights, open_base, with_length
+from kobza.recipes.base import install, load_weights, open_base, with_length, with_mended
 from kobza.recipes.finetune import with_steps
 from kobza.recipes.objectives import Work, make_learned, make_work
 from kobza.train import Batch, train_step
@@ -28,6 +28,7 @@ def main(config: TuneConfig, device: str, as_json: bool) -> int:
     config = with_length(config, base)
     drawn = config.objective.objective == "grpo"
     sides = tuple(side.teaching() for side in make_learned(config, base))
+    base = with_mended(base, [row for side in sides for row in side.rows])
     works: list[Work] = []
 
     def make(n_layer: int) -> tuple[nn.Module, Step]:

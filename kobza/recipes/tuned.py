@@ -40,12 +40,22 @@ def open_adapter(folder: Path, device: torch.device | str, unknown: str | None =
     verify(folder, ADAPTER)
     run, provenance = read_config(folder / "config.json")
     place = find_base(provenance, folder)
-    base = load_checkpoint(place, device, unknown)
+    base = with_rows(load_checkpoint(place, device, unknown), provenance)
     tokenizer = load_tokenizer(folder / "tokenizer.json", unknown or run.data.unknown)
     if provenance.get("method", {}).get("quantize") == "nf4":  # beside those weights the adapter was learned
         nf4.use(base.model)
     method = load_adapter(folder, base.model, run.model, weights_digest(place))
     return Loaded(base.model.eval(), run, tokenizer, provenance, folder), method
+
+
+def with_rows(base: Loaded, provenance: dict[str, Any]) -> Loaded:
+    """A base with the token rows that a tuning began from: those never trained mended, those of new tokens added."""
+    from kobza.finetune.tokens import add_tokens, mend_rows
+
+    if provenance.get("mended"):
+        mend_rows(base.model, provenance["mended"])
+    added = provenance.get("added_tokens")
+    return add_tokens(base, added) if added else base
 
 
 def find_base(provenance: dict[str, Any], folder: Path) -> Path:
