@@ -499,3 +499,8 @@ def test_files_are_edited_as_the_mutations_say(tmp_path):
         folder(tmp_path / "qwen", "qwen"), "tokenizer_config.json", lambda config: config.update(chat_template="x")
     )
     assert find_template(path).render([]) == "x"
+
+
+def test_a_backslash_before_a_usual_character_is_itself():
+    written = GoTemplate(r'{{ "a\\ x\\n" }}{{ "\n" }}').render([{"role": "user", "content": "?"}])
+    assert written == "a\\ x\\n\n"

@@ -109,8 +109,8 @@ def plain_encoder(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> PlainEncode
     end = next((i for i in (*ends, *tokenizer.ends) if i in special), None)
     require(
         end is not None,
-        "neither a chat template nor an end token: the model could not learn to stop; give --template, or a tokenizer with a "
-        "special token such as <|endoftext|>",
+        "neither a chat template nor an end token: the model could not learn to stop; give --template, or --add-tokens "
+        "'<|endoftext|>' with --method full",
     )
     return PlainEncoder(tokenizer, int(end or 0))
 

@@ -270,7 +270,8 @@ class _Parser:
 
     def unquoted(self, text: str) -> str:
         try:
-            return json.loads(re.sub(r"\\([^\"\\/bfnrtu])", r"\\\\\1", text))
+            # escapes two characters at a time: in "\\ x" the second backslash begins none
+            return json.loads(re.sub(r"\\(.)", lambda m: m[0] if m[1] in '"\\/bfnrtu' else "\\\\" + m[1], text))
         except ValueError:
             raise self.fail(f"not a string: {text[:40]}") from None
 
