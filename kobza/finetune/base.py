@@ -17,21 +17,27 @@ from kobza.checkpoint import Loaded, find_checkpoint, model_tensors, read_config
 from kobza.config import InputError, ModelConfig, require
 from kobza.formats.headers import TensorInfo, read_header
 from kobza.model import GPT
-from kobza.tokenizer import load_tokenizer
+from kobza.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 PIECE = 1 << 20  # bytes read at a time
 
 
-def load_base(path: Path, dtype: torch.dtype = torch.float32, wide_tables: bool = False, n_layer: int = 0) -> Loaded:
+def load_base(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    wide_tables: bool = False,
+    n_layer: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> Loaded:
     """The model behind a run or a checkpoint folder as `load_checkpoint` gives it, its matrices kept in `dtype`; n_layer: only
-    its first blocks."""
+    its first blocks; tokenizer: where it is at hand."""
     folder = find_checkpoint(path)
     verify(folder)
     run, provenance = read_config(folder / "config.json")
     if n_layer:
         run = replace(run, model=first_blocks(run.model, n_layer))
-    tokenizer = load_tokenizer(folder / "tokenizer.json", run.data.unknown)
+    tokenizer = tokenizer or load_tokenizer(folder / "tokenizer.json", run.data.unknown)
     model = read_model(folder / "model.safetensors", run.model, dtype, wide_tables)
     return Loaded(model, run, tokenizer, provenance, folder)
 

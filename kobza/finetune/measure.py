@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from kobza.finetune.example import Packed
-from kobza.finetune.sft import hidden_of, learned_places
+from kobza.finetune.sft import Hidden, hidden_of, learned_places
 from kobza.layers import widen
 from kobza.model import GPT
 
@@ -37,14 +37,16 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out(model: GPT, batches: Iterable[Packed], dtype: torch.dtype | None = None) -> HeldOut:
+def held_out(
+    model: GPT, batches: Iterable[Packed], dtype: torch.dtype | None = None, hidden: Hidden = hidden_of
+) -> HeldOut:
     """Measure the rows of batches in eval mode; the model is left as it was found."""
     was_training = model.training
     model.eval()
     total, n_targets, right, rows = 0.0, 0, 0, 0
     for batch in batches:
         at = learned_places(batch)
-        x, targets = hidden_of(model, batch, dtype).flatten(0, 1)[at], batch.targets.flatten()[at]  # (N, C), (N,)
+        x, targets = hidden(model, batch, dtype).flatten(0, 1)[at], batch.targets.flatten()[at]  # (N, C), (N,)
         wrong = torch.zeros(len(at), dtype=torch.bool, device=at.device)
         chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
         for start in range(0, len(at), chunk):

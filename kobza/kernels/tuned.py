@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kobza.kernels.lora import is_lora
 from kobza.layers import GatedMLP, RMSNorm, widen
 from kobza.model import GPT, Attention, Block, Cache, View, attend
 from kobza.surgery import replace_modules
@@ -37,22 +38,6 @@ aten = torch.ops.aten
 
 ROUND = 16  # of the sizes of a stack
 MOST_SCORES = 1 << 20  # t * s of a document: beyond, torch's attention, which never holds them all, is the better one
-
-
-@runtime_checkable
-class Lora(Protocol):
-    """A linear layer with LoRA matrices beside it, whoever made it."""
-
-    base: Any
-    lora_a: Tensor
-    """(r, in)"""
-    lora_b: Tensor
-    """(out, r)"""
-    scale: float
-    dropout: nn.Module
-    magnitude: Tensor | None
-    on: bool
-    """off: the layer is its base"""
 
 
 @runtime_checkable
@@ -84,7 +69,7 @@ def in_the_way(block: Block) -> str:
         return "its attention is capped, windowed or drops"
     if type(mlp.act) not in ACTIVATIONS:
         return f"its activation is {type(mlp.act).__name__}"
-    adapted, bases = [layer for layer in layers if isinstance(layer, Lora)], [base_of(layer) for layer in layers]
+    adapted, bases = [layer for layer in layers if is_lora(layer)], [base_of(layer) for layer in layers]
     if not all(isinstance(base, Projection) for base in bases):
         return "its linear layers are of another kind"
     if any(layer.magnitude is not None for layer in adapted):
@@ -141,7 +126,7 @@ class TunedBlock(Block):
 
 def base_of(layer: nn.Module) -> Any:
     """The linear layer itself, without LoRA."""
-    return layer.base if isinstance(layer, Lora) else layer
+    return layer.base if is_lora(layer) else layer
 
 
 class Group:
@@ -149,7 +134,7 @@ class Group:
 
     def __init__(self, *layers: nn.Module):
         self.bases = [base_of(layer) for layer in layers]
-        self.with_lora = [(i, layer) for i, layer in enumerate(layers) if isinstance(layer, Lora)]
+        self.with_lora = [(i, layer) for i, layer in enumerate(layers) if is_lora(layer)]
 
     @property
     def adapted(self) -> list[tuple[int, Any]]:

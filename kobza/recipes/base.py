@@ -156,7 +156,9 @@ def load_weights(base: Base, config: TuneConfig, runtime: Runtime, n_layer: int 
     """The base's weights in the number format in which the tuning keeps them; n_layer: of its first blocks only."""
     stays = config.method.method == "lora" and config.method.quantize == "none"
     dtype = runtime.compute_dtype if stays else torch.float32
-    loaded = with_rows(load_base(base.folder, dtype, config.method.embeddings, n_layer), base.provenance)
+    at_hand = None if base.provenance["added_tokens"] else base.tokenizer
+    loaded = load_base(base.folder, dtype, config.method.embeddings, n_layer, at_hand)
+    loaded = with_rows(loaded, base.provenance)
     return replace(loaded, tokenizer=base.tokenizer, provenance=base.provenance)
 
 

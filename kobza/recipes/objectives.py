@@ -175,7 +175,7 @@ def by_rows(config: TuneConfig, model: GPT, sides: tuple[Learned, Learned], hidd
     """Answers are learned token by token: the tokens themselves, or a teacher's distribution over them."""
     train, rows, dtype, device = config.train, config.rows, runtime.compute_dtype, runtime.device
     batches = PackedBatches(sides[0].rows, train.micro_batch, rows.max_len, config.seed, device, rows.packing)
-    held = eval_rows(sides[1].rows, EVAL_ROWS * train.micro_batch, rows.max_len, device, rows.packing)
+    held = eval_rows(sides[1].rows, train.micro_batch, rows.max_len, device, rows.packing)
     if config.objective.objective == "distill":
         teacher = open_checkpoint(Path(config.objective.teacher), device).model
         same_vocabulary(teacher, model)
@@ -184,7 +184,7 @@ def by_rows(config: TuneConfig, model: GPT, sides: tuple[Learned, Learned], hidd
         loss_fn = sft_loss(dtype, head_loss_for(device, model), hidden)
 
     def look() -> dict[str, float]:
-        seen = held_out(model, held, dtype)
+        seen = held_out(model, held, dtype, hidden)
         return {"val_loss": seen.loss, "val_right": seen.share}
 
     unit = f"lines of {rows.max_len} tokens" if rows.packing else "rows"
