@@ -23,7 +23,7 @@ from kobza.optim import schedule, set_lr
 
 IGNORE = -100  # a target that is not learned; torch's own default for cross_entropy
 
-Batch = tuple[Tensor, ...]  # inputs, targets (B, T), int64, and what else a loss reads; a target of IGNORE is not learned
+Batch = tuple[Tensor, ...]  # inputs, targets (B, T) int64, what else a loss reads; a target of IGNORE is not learned
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> summed loss in nats, number of targets; 0-d
 
 

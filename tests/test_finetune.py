@@ -387,8 +387,19 @@ def test_a_model_from_scratch_learns_answers_too(files, tmp_path, capsys):
     text.write_text((WORDS + "What colour is the cat 1? red\n") * 60)
     run, out = tmp_path / "run", tmp_path / "out"
     small = "--model.n_layer 1 --model.n_head 2 --model.n_embd 16 --model.n_ff 32 --model.max_seq_len 64".split()
-    assert main(["train", str(text), "--out", str(run), *small, "--train.steps", "5", "--train.eval_interval", "5"]) == 0
-    short = ("--prompt", "What colour is the {thing}?", "--answer", " {colour}", "--method", "full", "--train.steps", "3")
+    assert (
+        main(["train", str(text), "--out", str(run), *small, "--train.steps", "5", "--train.eval_interval", "5"]) == 0
+    )
+    short = (
+        "--prompt",
+        "What colour is the {thing}?",
+        "--answer",
+        " {colour}",
+        "--method",
+        "full",
+        "--train.steps",
+        "3",
+    )
     capsys.readouterr()
     assert main(["finetune", str(run), str(files / "things.csv"), "--out", str(out), *short]) == 2
     assert "end" in capsys.readouterr().err

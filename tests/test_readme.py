@@ -91,11 +91,11 @@ def test_command_runs(page, command, workplace, monkeypatch, capsys):
     if verb == "train" and "--resume" in rest:
         rest += ["--train.steps", "6"]
     elif verb == "train":
-        own = f"runs/{abs(hash(command))}"  # the page's own --out is there already, from the fixture
+        own = f"runs/{abs(hash((page, command)))}"  # the page's own --out is there already, from the fixture
         rest = smaller(rest, ["--out", own, *TINY, *QUICK] + (["--vocab-size", "260"] if "bpe" in rest else []))
     resumed = verb == "finetune" and "--resume" in rest
     if verb in ("finetune", "merge", "data") and "--out" in rest and not resumed:
-        rest = smaller(rest, ["--out", f"runs/{abs(hash(command))}"])
+        rest = smaller(rest, ["--out", f"runs/{abs(hash((page, command)))}"])
     if verb == "finetune" and not resumed and "--dry-run" not in rest:
         rest = smaller(rest, ["--train.steps", "2", "--max-len", "128"])
     if verb == "generate":
