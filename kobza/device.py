@@ -136,8 +136,8 @@ def free_memory(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def memory_error(micro_batch: int, seq_len: int) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into one line with the numbers and what to lower."""
+def memory_error(micro_batch: int, seq_len: int, length: str = "model.max_seq_len") -> Iterator[None]:
+    """Turn torch's out-of-memory errors into one line with the numbers and what to lower; `length`: the setting that gives it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -147,6 +147,6 @@ def memory_error(micro_batch: int, seq_len: int) -> Iterator[None]:
         wanted = re.search(r"tried to allocate ([\d.]+ ?\w+)", words)
         raise InputError(
             f"out of memory{f' (asked for {wanted[1]})' if wanted else ''} at train.micro_batch {micro_batch} of "
-            f"{seq_len} tokens; halve train.micro_batch and double train.accumulate, or lower model.max_seq_len; "
+            f"{seq_len} tokens; halve train.micro_batch and double train.accumulate, or lower {length}; "
             "what was saved is whole"
         ) from error

@@ -407,3 +407,19 @@ def test_a_model_from_scratch_learns_answers_too(files, tmp_path, capsys):
     assert main(["finetune", str(run), str(files / "things.csv"), "--out", str(out), *short, *more]) == 0
     assert open_checkpoint(out).tokenizer.ends
     assert main(["generate", str(out), "--prompt", "What colour is the cat 1?", "--tokens", "5"]) == 0
+
+
+def test_out_of_memory_is_one_line(base, files, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kobza.recipes.finetune.train", full)
+        assert call(base, files / "things.csv", tmp_path / "a", *SHORT, "--train.steps", "3", table=True) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "out of memory" in said[0] and "--max-len" in said[0]
+    monkeypatch.setattr("kobza.recipes.base.free_memory", lambda _: 1000)
+    assert call(base, files / "things.csv", tmp_path / "b", *SHORT, "--train.steps", "3", table=True) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "free" in said[0]
+    assert not (tmp_path / "b" / "config.toml").exists()

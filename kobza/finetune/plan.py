@@ -152,6 +152,10 @@ def n_bytes(values: Iterable[Any]) -> int:
 # ---- the tensors ---------------------------------------------------------------------------------------------------
 
 
+# What these make takes no memory before something is written there, which is an operation of its own
+UNWRITTEN = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty)
+
+
 class Live(TorchDispatchMode):
     """Within the context counts the bytes of all tensors that operations make, from their making to their end, the backward's
     too. What an operation needs within itself is not seen."""
@@ -167,14 +171,15 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.see(tree_leaves(out))
+        if func.overloadpacket not in UNWRITTEN:
+            given = [] if func._schema.is_mutable else tensors_of((args, kwargs))
+            shown = {value.untyped_storage().data_ptr() for value in given}  # a view of it writes nothing
+            self.see([value for value in tensors_of(out) if value.untyped_storage().data_ptr() not in shown])
         return out
 
-    def see(self, values: Iterable[Any]) -> None:
+    def see(self, values: list[Any]) -> None:
         """Count what is new among the values."""
-        for value in values:
-            if not isinstance(value, Tensor) or value.layout != torch.strided:
-                continue
+        for value in tensors_of(values):
             storage = value.untyped_storage()
             address, size = storage.data_ptr(), storage.nbytes()
             if size and address not in self.known:
@@ -192,6 +197,11 @@ class Live(TorchDispatchMode):
         return most
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """The strided tensors in whatever holds them."""
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.layout == torch.strided]
+
+
 class CudaPeak:
     """In Live's place where torch counts itself, down to what an operation needs within."""
 
@@ -205,7 +215,7 @@ class CudaPeak:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def see(self, values: Iterable[Any]) -> None:
+    def see(self, values: list[Any]) -> None:
         """Nothing: all are counted."""
 
     def since(self) -> int:
@@ -232,16 +242,23 @@ def held(device: torch.device) -> int:
     return process_peak()
 
 
-def resting(device: torch.device) -> int:
-    """Let go of what is not in use and begin a new peak -> the bytes that are left."""
+def let_go(device: torch.device) -> None:
+    """Give back what is no longer in use."""
     gc.collect()
     if device.type == "cpu":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
         if trim is not None:
-            trim(0)  # else a slice would stand on the freed memory of the one before
-        process_reset()
+            trim(0)  # else what comes next would stand on the freed memory of what went
     else:
         getattr(torch, device.type).empty_cache()
+
+
+def resting(device: torch.device) -> int:
+    """Let go of what is not in use and begin a new peak -> the bytes that are left. Only to measure: the system forgets the old
+    peak, in what it tells others of this process too."""
+    let_go(device)
+    if device.type == "cpu":
+        process_reset()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return held(device)

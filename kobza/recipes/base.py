@@ -11,7 +11,8 @@ import torch
 
 from kobza.checkpoint import Loaded, find_checkpoint, read_config
 from kobza.config import InputError, RunConfig, require
-from kobza.device import Runtime
+from kobza.describe.parts import total_parameters
+from kobza.device import Runtime, free_memory
 from kobza.doctor.files.template import CHECKS as TEMPLATE_CHECKS
 from kobza.doctor.files.template import TemplateSubject, Tokens
 from kobza.doctor.finding import examine
@@ -152,10 +153,22 @@ def bos_of(tokenizer: Tokenizer) -> str:
     return next((name for name, i in tokenizer.specials.items() if i == tokenizer.bos_id), "")
 
 
+def check_memory(base: Base, config: TuneConfig, dtype: torch.dtype, runtime: Runtime) -> None:
+    """Refuse, with the numbers, a tuning whose weights alone cannot fit, before any is read: of a weight that learns there are
+    four, its gradient and AdamW's two beside it."""
+    free, n = free_memory(runtime.device), total_parameters(base.run.model)
+    full = config.method.method == "full"
+    need = n * (16 if full else dtype.itemsize)
+    remedy = "take --method lora" if full else "take a smaller model, or --train.precision bf16"
+    lack = f"out of memory: {n:,} weights take {need / 1e9:.1f} GB and {(free or 0) / 1e9:.1f} GB are free; {remedy}"
+    require(free is None or need <= free, lack)
+
+
 def load_weights(base: Base, config: TuneConfig, runtime: Runtime, n_layer: int = 0) -> Loaded:
     """The base's weights in the number format in which the tuning keeps them; n_layer: of its first blocks only."""
     stays = config.method.method == "lora" and config.method.quantize == "none"
     dtype = runtime.compute_dtype if stays else torch.float32
+    check_memory(base, config, dtype, runtime)
     at_hand = None if base.provenance["added_tokens"] else base.tokenizer
     loaded = load_base(base.folder, dtype, config.method.embeddings, n_layer, at_hand)
     loaded = with_rows(loaded, base.provenance)

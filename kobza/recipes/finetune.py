@@ -26,7 +26,7 @@ from kobza.device import Runtime, device_name, make_runtime, memory_error, rng_s
 from kobza.doctor.training.blackbox import refuse_spoiled
 from kobza.finetune import xray_page
 from kobza.finetune.config import TuneConfig
-from kobza.finetune.plan import resting
+from kobza.finetune.plan import let_go
 from kobza.finetune.run import (
     SaveAdapter,
     State,
@@ -40,7 +40,7 @@ from kobza.finetune.run import (
 from kobza.finetune.xray import Remark, examine
 from kobza.log import MetricsLog, ProgressLine
 from kobza.pages.shell import write_png, write_whole
-from kobza.recipes.base import Base, install, load_weights, open_base, with_length, with_mended
+from kobza.recipes.base import USUAL_LENGTH, Base, install, load_weights, open_base, with_length, with_mended
 from kobza.recipes.objectives import SIDES, Learned, Work, load_learned, make_learned, make_work, save_learned
 from kobza.recipes.train import Interrupt, make_record, stop_reason
 from kobza.report.metrics import read_metrics
@@ -58,7 +58,7 @@ def main(config: TuneConfig, out: Path | None, resume: bool, dry_run: bool, devi
         resume or not (out / "config.toml").exists(), f"{out}: holds a run; go on with --resume or take another --out"
     )
     runtime = make_runtime(device, config.train.precision)
-    with lock(out), memory_error(config.train.micro_batch, config.rows.max_len):
+    with lock(out), memory_error(config.train.micro_batch, config.rows.max_len or USUAL_LENGTH, "--max-len"):
         if resume:
             same_tuning(read_tuning(out), config, out)
         base = open_base(config)
@@ -88,6 +88,8 @@ def show_questions(config: TuneConfig, base: Base, learn: Learned, hold: Learned
     say(f"\n[dim]{escape(xray_page.line(first.where))}[/dim]")
     say(xray_page.row_text(first, base.piece, base.ends))
     say(f"[dim]expected[/dim]  {escape(str(learn.known['expected'][0]))}\n")
+    for remark in base.remarks:
+        say(xray_page.remark_text(remark))
     return {"questions": len(learn.rows), "held_out": len(hold.rows), "longest": longest}
 
 
@@ -144,7 +146,7 @@ def tune(
     outcome, after = go(tuning, state, work, method.save, console)
     standing = state.standing
     del loaded, method, work, tuning, state  # before the picture, which wants room of its own
-    resting(runtime.device)
+    let_go(runtime.device)
     if outcome == "interrupted":
         go_on = f"kobza finetune --resume --out {shlex.quote(str(out))}"
         console.print(f"interrupted at step {standing.step}; saved. Go on: {go_on}", markup=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def told(left: list[tuple[str, str]], what: str) -> str:
 
 def save_learned(folder: Path, side: Learned) -> None:
     """Keep a side, so that going on needs no file."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a tuning that was killed before it stood there
     save_rows(folder, side.rows)
     write_file(folder.with_suffix(".json"), json.dumps(side.known))
 
