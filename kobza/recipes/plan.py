@@ -48,7 +48,10 @@ def main(config: TuneConfig, device: str, as_json: bool) -> int:
 
         return loaded.model, step
 
-    with memory_error(config.train.micro_batch, config.rows.max_len, "--max-len"), console.status("trying slices of the model"):
+    with (
+        memory_error(config.train.micro_batch, config.rows.max_len, "--max-len"),
+        console.status("trying slices of the model"),
+    ):
         found = estimate(make, base.run.model.n_layer, 0, runtime.device)
     share = 1.0 if drawn else mean_size(works[0])
     steps = with_steps(config, works[0].per_epoch).train.steps
