@@ -32,6 +32,7 @@ SHOWN = 5  # modules
 def main(run: Path, out: Path, base: Path | None, precision: str, device: str, as_json: bool) -> int:
     """Merge and measure -> exit code."""
     console = Console(stderr=as_json, highlight=False)
+    console.soft_wrap = not console.is_terminal
     require(not out.exists(), f"--out {out} is there; name a new folder")
     coarse = f"--precision {precision}: its steps are larger than the change, which would be lost; merge in bf16, then quantise"
     require(precision not in FEW_BITS, coarse)
