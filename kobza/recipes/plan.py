@@ -17,6 +17,7 @@ from kobza.recipes.finetune import with_steps
 from kobza.recipes.objectives import Work, make_learned, make_work
 from kobza.train import Batch, train_step
 
+LENGTHS = 150  # batches that are likely to have every length
 SAMPLED = 50  # batches that tell how large a step is on average
 
 
@@ -39,13 +40,18 @@ def main(config: TuneConfig, device: str, as_json: bool) -> int:
         works[:] = [replace(work, look=lambda: {})]  # which holds no model
         looks = [work.look]  # once: an evaluation may take more memory than a step
 
-        def step() -> None:
+        def update(window: list[Batch]) -> None:
             loaded.model.train()
-            window = [next(work.batches) if drawn else work.batches.largest() for _ in range(config.train.accumulate)]
             train_step(loaded.model, method.optimizers, window, work.loss_fn, config.train.grad_clip)
+
+        def step() -> None:
+            update([next(work.batches) if drawn else work.batches.largest() for _ in range(config.train.accumulate)])
             if looks:
                 looks.pop()()
 
+        if n_layer == 1 and not drawn:  # the warm-up meets every length: libraries keep code of their own for each
+            for _ in range(min(work.per_epoch, LENGTHS)):
+                update([next(work.batches)])
         return loaded.model, step
 
     with (
