@@ -22,6 +22,7 @@ from kobza.finetune.distill import distill_loss, same_vocabulary
 from kobza.finetune.encode import PromptRow, encode, encode_last, encode_pairs, encode_prompts, plain_encoder
 from kobza.finetune.example import Example, Row
 from kobza.finetune.examples import join_turns, make_examples
+from kobza.finetune.lora import without_adapter
 from kobza.finetune.measure import held_out
 from kobza.finetune.preference import (
     PairBatches,
@@ -244,7 +245,7 @@ def by_reward(
         seed=config.seed,
         temperature=objective.temperature,
         dtype=dtype,
-        as_it_was=as_it_is_now(model) if objective.beta else None,
+        as_it_was=reference_of(config, model) if objective.beta else None,
         ahead=train.accumulate,
         hidden=hidden,
     )
@@ -257,6 +258,12 @@ def by_reward(
 
     per_epoch = math.ceil(len(asked) * size / n)
     return Work(rollouts, loss_fn, per_epoch, look, "answers", lambda: rollouts.report)
+
+
+def reference_of(config: TuneConfig, model: GPT) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the model is as it is now: without its adapter, where nothing else learns."""
+    alone = config.method.method == "lora" and not config.method.embeddings
+    return partial(without_adapter, model) if alone else as_it_is_now(model)
 
 
 def as_it_is_now(model: GPT) -> Callable[[], AbstractContextManager[None]]:
