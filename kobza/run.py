@@ -209,7 +209,7 @@ class Training:
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
-    batches: Batches
+    batches: Batches  # or what else gives batches and has its state_dict
     scaler: torch.amp.GradScaler | None
     standing: Standing
     device: torch.device

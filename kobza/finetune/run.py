@@ -46,7 +46,7 @@ from kobza.config import InputError, load_toml, require, to_dict
 from kobza.device import rng_state, set_rng_state
 from kobza.finetune.config import SECTIONS, TuneConfig, tune_from_dict
 from kobza.finetune.lora import adapter_tensors, fill_adapter
-from kobza.run import MAY_CHANGE, Standing, write_best
+from kobza.run import MAY_CHANGE, Training, write_best
 
 ADAPTER = "adapter_model.safetensors"
 WEIGHT = "weight."  # before the name of a learning weight in training.safetensors
@@ -94,23 +94,11 @@ class Tuning:
     """what the tuned model's config.json says of it"""
 
 
-@dataclass(frozen=True)
-class State:
-    """Everything that changes while a tuning goes on. `batches` has state_dict and load_state_dict."""
-
-    model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    batches: Any
-    scaler: torch.amp.GradScaler | None
-    standing: Standing
-    device: torch.device
-
-
 # How an adapter is written into a folder; finetune/peft.py has it
 SaveAdapter = Callable[[Path, nn.Module], None]
 
 
-def save_tuning(tuning: Tuning, state: State, save_adapter: SaveAdapter | None) -> None:
+def save_tuning(tuning: Tuning, state: Training, save_adapter: SaveAdapter | None) -> None:
     """Write the checkpoint of the step where the tuning stands, unless it is there; then name the best, drop the old.
     save_adapter: how an adapter is written; None: all weights are."""
     standing = state.standing
@@ -136,7 +124,7 @@ def save_tuning(tuning: Tuning, state: State, save_adapter: SaveAdapter | None) 
 def fill(
     aside: Path,
     tuning: Tuning,
-    state: State,
+    state: Training,
     run: Any,
     about: dict[str, Any],
     tensors: dict[str, Tensor],
@@ -152,7 +140,7 @@ def fill(
     (aside / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def restore_tuning(tuning: Tuning, state: State) -> None:
+def restore_tuning(tuning: Tuning, state: Training) -> None:
     """Put the last checkpoint of the folder into a tuning that was just made; nothing where there is none."""
     for left in (tuning.out / "checkpoints").glob(".*.part"):  # by a kill
         shutil.rmtree(left, ignore_errors=True)

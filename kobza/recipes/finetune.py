@@ -29,7 +29,6 @@ from kobza.finetune.config import TuneConfig
 from kobza.finetune.plan import let_go
 from kobza.finetune.run import (
     SaveAdapter,
-    State,
     Tuning,
     read_tuning,
     restore_tuning,
@@ -45,7 +44,7 @@ from kobza.recipes.objectives import SIDES, Learned, Work, load_learned, make_le
 from kobza.recipes.train import Interrupt, make_record, stop_reason
 from kobza.report.metrics import read_metrics
 from kobza.report.picture import loss_figure
-from kobza.run import Standing, free_folder, lock
+from kobza.run import Standing, Training, free_folder, lock
 from kobza.train import NonFinite, train
 
 
@@ -134,7 +133,7 @@ def tune(
     config = with_steps(config, work.per_epoch)
     tuning = Tuning(out, config, loaded, base.provenance)
     scaler = torch.amp.GradScaler(runtime.device.type) if runtime.precision == "fp16" else None
-    state = State(loaded.model, method.optimizers, work.batches, scaler, Standing(), runtime.device)
+    state = Training(loaded.model, method.optimizers, work.batches, scaler, Standing(), runtime.device)
     restore_tuning(tuning, state)
     if not resume:
         for name, side in zip(SIDES, sides, strict=True):
@@ -196,7 +195,7 @@ def told(figures: dict[str, float]) -> str:
 
 
 def go(
-    tuning: Tuning, state: State, work: Work, save: SaveAdapter | None, console: Console
+    tuning: Tuning, state: Training, work: Work, save: SaveAdapter | None, console: Console
 ) -> tuple[str, dict[str, float]]:
     """Step after step -> how it ended, and the last figures of held-out rows."""
     config, standing = tuning.config.train, state.standing
