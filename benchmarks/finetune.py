@@ -133,7 +133,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
 
     from kobza.finetune.base import load_base
     from kobza.finetune.rows import PackedBatches, load_rows
-    from kobza.formats.families import config_to_hf
+    from kobza.formats.stock import config_to_hf
     from kobza.formats.weights import to_hf
     from kobza.hub.store import find_model
 

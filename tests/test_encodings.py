@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import kobza.hub.encodings
 from kobza.cli import main
 from kobza.config import InputError
+from kobza.formats.merges import merges
 from kobza.hub import encodings, spm
 from kobza.hub.encodings import (
     ENCODINGS,
@@ -29,7 +30,6 @@ from kobza.hub.encodings import (
     read_ranks,
     tiktoken_cache,
 )
-from kobza.hub.merges import merges
 from kobza.hub.wheel import Unavailable, Wheel
 from kobza.tokenizer import (
     EOT,

@@ -7,7 +7,9 @@ largest relative error of each family in float32 and bfloat16.
 import dataclasses
 import json
 import math
+import shlex
 import struct
+import tomllib
 import zipfile
 
 import numpy as np
@@ -20,26 +22,18 @@ from safetensors.torch import load_file, save_file
 from test_switches import configs, drawn
 from torch import nn
 
-from kobza.config import InputError, ModelConfig
-from kobza.formats.families import (
-    FAMILIES,
-    GGUF_LAYOUTS,
-    canonical,
-    config_from_gguf,
-    config_from_hf,
-    config_to_hf,
-    defaults_used,
-    layout_of,
-    shapes,
-    share_of,
-    slots,
-)
+from kobza.config import InputError, ModelConfig, without_idle
+from kobza.formats.families import DIVISIBLE, FAMILIES, config_from_hf, defaults_used, layout_of
 from kobza.formats.gguf import write_gguf
+from kobza.formats.gguf_families import config_from_gguf, config_to_gguf, gguf_target, shortest
+from kobza.formats.layouts import GGUF_LAYOUTS, shapes, slots
 from kobza.formats.load import load_model
-from kobza.formats.weights import from_gguf, from_hf, to_gguf, to_halves, to_hf, to_pairs
+from kobza.formats.stock import canonical, config_to_hf, differing, share_of, why_not_exportable
+from kobza.formats.weights import from_gguf, from_hf, gguf_pieces, to_gguf, to_halves, to_hf, to_pairs
 from kobza.layers import rope_slowdown
 from kobza.model import GPT
 from kobza.surgery import watch
+from kobza.tokenizer import byte_of_symbol
 from kobza.train import next_token_loss
 
 V, LENGTH, LAYERS = 61, 48, 3
@@ -54,6 +48,7 @@ LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 MIXED = {"sliding_attention": LOCAL, "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}}
 GEMMA = {"head_dim": 10, "rms_norm_eps": 1e-6}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+WHOLE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 1.0}}
 CASES = {  # name -> (prefix of their classes, their settings beside the sizes)
     "gpt2": ("GPT2", {}),
     "gpt2, relu, wide": ("GPT2", {"activation_function": "relu", "n_inner": 40, "layer_norm_epsilon": 1e-3}),
@@ -76,6 +71,11 @@ CASES = {  # name -> (prefix of their classes, their settings beside the sizes)
     "gemma 2": ("Gemma2", GEMMA | SLIDING | {"query_pre_attn_scalar": 25, "attn_logit_softcapping": 2.0}),
     "gemma 2, plain": ("Gemma2", GEMMA | {"sliding_window": 8, "final_logit_softcapping": None}),
     "gemma 3": ("Gemma3Text", GEMMA | SLIDING | {"query_pre_attn_scalar": 25, "rope_parameters": MIXED}),
+    "arcee": ("Arcee", {"tie_word_embeddings": True}),
+    "arcee, biases, llama 3.1": ("Arcee", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "nemotron": ("Nemotron", {}),  # half of each head turned, biases in the norms alone
+    "nemotron, biases, whole": ("Nemotron", {"attention_bias": True, "mlp_bias": True} | WHOLE),
+    "nemotron, half the biases": ("Nemotron", {"attention_bias": True, "hidden_act": "silu"}),
     "gemma 3, all local": ("Gemma3Text", GEMMA | {"sliding_window": 8}),
 }
 
@@ -89,7 +89,7 @@ def randomise(theirs, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            offset = "Gemma" in type(theirs).__name__  # its norms add the 1 themselves
+            offset = type(theirs).__name__.startswith(("Gemma", "Nemotron"))  # their norms add the 1 themselves
             is_gain = name.endswith("weight") and ("ln_" in name or "norm" in name) and not offset
             parameter.copy_(is_gain + 0.2 * torch.randn(parameter.shape, generator=generator))
 
@@ -174,6 +174,8 @@ def test_every_gradient_is_theirs(pair, case):
     moved = from_hf(foreign.config, gradients)  # the same table carries a gradient
     largest = max(float(g.abs().max()) for g in moved.values())
     for name, parameter in foreign.model.named_parameters():
+        if case.startswith("nemotron") and name.endswith("_proj.bias") and not moved[name].any():
+            continue  # a bias that theirs has not
         # a key's bias moves all scores of a query alike and so has no gradient: hence the largest of all as the scale
         assert float((parameter.grad - moved[name]).abs().max()) < 1e-4 * largest, name
     theirs.zero_grad(), foreign.model.zero_grad()
@@ -259,6 +261,18 @@ def test_gpt2_as_it_was_first_released_has_no_prefix_and_its_masks(pair, tmp_pat
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("lost", ["mlp.up_proj.bias", "self_attn.q_proj.bias", "input_layernorm.bias"])
+def test_a_bias_that_one_layer_alone_lacks_is_missed(pair, tmp_path, lost):
+    _, _, folder = pair("nemotron, biases, whole")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.layers.1.{lost}"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(InputError, match=f"tensor model.layers.1.{lost} is not among"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parity
 def test_shards_are_one_model(pair, tmp_path):
     theirs, foreign, _ = pair("phi 3")
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -321,15 +335,17 @@ def family_configs(draw):
     values |= dict(n_kv_head=pick(1, 2, 4), head_dim=pick(2, 4, 6), mlp=pick("swiglu", "geglu", "geglu_tanh"))
     values |= dict(rope_theta=pick(10_000.0, 5e5), embed_scale=values["n_embd"] ** 0.5 if "gemma" in kind else 1.0)
     values["mlp"] = pick("geglu_tanh", "swiglu") if kind == "gemma" else values["mlp"]  # its "gelu" means tanh
+    if not family.gated:
+        values["mlp"] = pick("relu2", "relu2", "relu", "gelu", "gelu_tanh", "silu")
     scaling = pick("none", "none", "linear", "yarn", "llama3") if kind != "phi3" else "none"
     if scaling != "none":
         original = {"rope_original_len": 8} if scaling != "linear" else {}
         values |= dict(rope_scaling=scaling, rope_factor=pick(2.0, 8.0)) | original
-    if kind == "phi3":
+    if kind in ("phi3", "nemotron"):
         values["rope_dim"] = 2 * pick(0, 1) if values["head_dim"] > 2 else 0
-    if kind == "llama":
+    if kind in ("llama", "arcee"):
         values["bias"] = pick(True, False)
-    if kind not in ("gemma2", "gemma3_text") and not values.get("bias"):  # no stock class has those with such a width
+    if kind not in DIVISIBLE and not values.get("bias"):  # no stock class has those with such a width
         values["n_embd"] = pick(values["n_embd"], 10)
         values["embed_scale"] = values["n_embd"] ** 0.5 if kind == "gemma" else 1.0
     letters = {"all": "L", "upper": pick("GL", "L", "GGL")}.get(family.windows, pick("LG", "L", "LLG", "G"))
@@ -714,7 +730,7 @@ def test_the_defaults_are_transformers_own(kind):
 
 def metadata_of(config, arch):
     """What llama.cpp's convert_hf_to_gguf.py writes of a config."""
-    eps = "attention.layer_norm_epsilon" if arch == "gpt2" else "attention.layer_norm_rms_epsilon"
+    eps = "attention.layer_norm_epsilon" if arch in ("gpt2", "nemotron") else "attention.layer_norm_rms_epsilon"
     found = {
         "context_length": ("uint32", config.max_seq_len),
         "embedding_length": ("uint32", config.n_embd),
@@ -777,6 +793,10 @@ GGUFS = {
     | NORMS
     | WINDOWS
     | dict(n_layer=7, window_pattern="LLLLLG", qk_norm=True, qk_norm_weight=True, rope_theta=1e6, rope_local_theta=1e4),
+    "llama, biases": BOTH | {"bias": True},
+    "arcee": BOTH | {"mlp": "relu2", "head_dim": 12, "tied": True},
+    "arcee, 3.1": BOTH | dict(mlp="relu2", rope_scaling="llama3", rope_factor=4.0, rope_original_len=16),
+    "nemotron": BOTH | dict(mlp="relu2", rope_dim=4, norm="layernorm", norm_offset=True, bias=True),
     "gpt2": BOTH | dict(n_kv_head=4, position="learned", norm="layernorm", bias=True, mlp="gelu_tanh", tied=True),
 }
 
@@ -788,8 +808,7 @@ def in_gguf(request, tmp_path):
     config = ModelConfig(**GGUFS[request.param], norm_eps=EPS)
     model = drawn(config, dtype=torch.float32)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    extra = {"rope_freqs.weight": rope_slowdown(config)[0]} if config.rope_scaling == "llama3" else {}
-    return arch, config, model, write_model(tmp_path / "model.gguf", config, arch, tensors, extra)
+    return arch, config, model, write_model(tmp_path / "model.gguf", config, arch, tensors)
 
 
 def test_a_gguf_file_is_the_model_it_was_written_from(in_gguf):
@@ -839,7 +858,7 @@ def test_transformers_reads_our_gguf_as_the_same_model(arch, tmp_path):
 
 
 @pytest.mark.parametrize("name", GGUFS)
-def test_gemmas_norms_are_stored_with_their_1_and_no_others(name):
+def test_norms_that_add_1_are_stored_with_it_and_no_others_and_no_bias(name):
     arch, config = name.split(",")[0], ModelConfig(**GGUFS[name])
     tensors = {n: p.detach() for n, p in drawn(config, dtype=torch.float32).named_parameters()}
     written = to_gguf(config, arch, tensors)
@@ -847,11 +866,13 @@ def test_gemmas_norms_are_stored_with_their_1_and_no_others(name):
         "output_norm.weight": "norm.weight",
         "blk.1.ffn_norm.weight": "blocks.1.mlp_norm.weight",
     }.items():
-        assert torch.equal(written[theirs], tensors[ours] + ("gemma" in arch))
+        assert torch.equal(written[theirs], tensors[ours] + config.norm_offset)
     if config.qk_norm_weight:
         assert torch.equal(
-            written["blk.0.attn_k_norm.weight"], tensors["blocks.0.attn.k_norm.weight"] + ("gemma" in arch)
+            written["blk.0.attn_k_norm.weight"], tensors["blocks.0.attn.k_norm.weight"] + config.norm_offset
         )
+    if config.norm == "layernorm":
+        assert torch.equal(written["blk.0.attn_norm.bias"], tensors["blocks.0.attn_norm.bias"])  # no 1 on a bias
     assert torch.equal(written["blk.0.ffn_down.weight"], tensors["blocks.0.mlp.down_proj.weight"])
 
 
@@ -926,6 +947,190 @@ def test_metadata_of_anything_is_read_or_refused(arch, values):
         config_from_gguf(metadata | {keys[n % len(keys)]: value for n, value in values.items()})
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 400
+
+
+# ---- GGUF, the way back --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in GGUFS if name != "phi3"])  # its window is not for llama.cpp
+def test_the_metadata_is_what_llama_cpps_converter_writes(name):
+    config = ModelConfig(**GGUFS[name], norm_eps=EPS)
+    arch, metadata = config_to_gguf(config)
+    assert arch == name.split(",")[0]
+    expected = metadata_of(gguf_target(config, arch), arch)
+    assert {key: metadata.get(key) for key in expected} == expected
+    assert metadata[f"{arch}.vocab_size"] == ("uint32", V)
+
+
+def in_a_file(path, model):
+    """Our model as a GGUF file in float32, as it says itself."""
+    config, tensors = model.config, {name: p.detach() for name, p in model.named_parameters()}
+    arch, metadata = config_to_gguf(config)
+    written = {p.name: (p.shape, p.make()) for p in gguf_pieces(config, arch, tensors.__getitem__, tensors)}
+    assert all(tuple(tensor.shape) == shape for shape, tensor in written.values())
+    stored = {name: ("F32", shape, t.float().numpy().tobytes()) for name, (shape, t) in written.items()}
+    symbols = sorted(byte_of_symbol(), key=byte_of_symbol().__getitem__)
+    vocab = {"model": ("string", "gpt2"), "pre": ("string", "gpt-2"), "tokens": ("array:string", symbols)}
+    vocab |= {"token_type": ("array:int32", [1] * 256), "merges": ("array:string", ["a b"])}
+    write_gguf(path, metadata | {f"tokenizer.ggml.{key}": value for key, value in vocab.items()}, stored)
+    return arch
+
+
+@given(family_configs(), st.dictionaries(st.sampled_from(sorted(NEARBY)), st.integers(0, 5), max_size=1))
+@settings(max_examples=80)
+def test_a_gguf_file_of_any_model_is_the_model_or_the_switch_is_named(tmp_path_factory, found, changes):
+    new = {name: NEARBY[name][n % len(NEARBY[name])] for name, n in changes.items()}
+    try:
+        config = dataclasses.replace(found[1], **new | ({"rope_factor": 3.0} if "rope_scaling" in new else {}))
+    except InputError:
+        assume(False)
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    model = drawn(config, dtype=torch.float32)
+    try:
+        arch = in_a_file(path, model)
+    except InputError as error:
+        assert "no architecture" in str(error) and "model." in str(error) and "\n" not in str(error)
+        return
+    event(f"written as {arch}")
+    foreign = load_model(path)
+    differ = differing(foreign.config, gguf_target(config, arch))
+    untold = {"rope_scaling", "rope_factor", "rope_original_len"}  # divisors of few pairs tell only so much
+    assert set(differ) <= untold
+    ids = torch.randint(17, (2, 10), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert apart(foreign.model(ids), model(ids)) < 1e-4  # as float32 is at a softcap
+
+
+def llama3_of(config):
+    return dataclasses.replace(config, rope_scaling="llama3", rope_factor=4.0, rope_original_len=16)
+
+
+SPOKEN = {name: ModelConfig(**fields | {"vocab_size": 256}) for name, fields in GGUFS.items() if name != "llama, 3.1"}
+SPOKEN["phi3"] = dataclasses.replace(SPOKEN["phi3"], window=0)
+SPOKEN |= {
+    "llama, 3.1": llama3_of(SPOKEN["llama"]),
+    "llama, yarn": dataclasses.replace(llama3_of(SPOKEN["llama"]), rope_scaling="yarn"),
+    "llama, linear": dataclasses.replace(SPOKEN["llama"], rope_scaling="linear", rope_factor=4.0),
+    "llama, norms of 1 + w": dataclasses.replace(SPOKEN["llama"], norm_offset=True, head_dim=12, pad_vocab=3),
+    "qwen3, bare norms": dataclasses.replace(SPOKEN["qwen3"], qk_norm_weight=False, norm_weight=False),
+    "gemma2, other windows": dataclasses.replace(SPOKEN["gemma2"], window_pattern="GL"),
+    "gemma2, no window": dataclasses.replace(SPOKEN["gemma2"], window=0, window_pattern="L"),
+    "gemma3, mixed": dataclasses.replace(
+        SPOKEN["gemma3"], window_pattern="LGL", rope_scaling="linear", rope_factor=4.0, softcap=9.0, tied=False
+    ),
+    "gpt2, bare": dataclasses.replace(SPOKEN["gpt2"], norm_weight=False, bias=False, tied=False),
+    "nemotron, bare, tied": dataclasses.replace(
+        SPOKEN["nemotron"], norm_weight=False, norm_offset=False, bias=False, rope_dim=0, tied=True
+    ),
+    "nemotron, norms of w": dataclasses.replace(SPOKEN["nemotron"], norm_offset=False, bias=False, qkv_bias=True),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", SPOKEN)
+def test_llama_cpp_computes_what_we_write(name, tmp_path):
+    pytest.importorskip("xllamacpp", reason="needs the extra: pip install 'kobza[parity]'")
+    from kobza.export.proof.llama_cpp import open_llama_cpp
+
+    model = drawn(SPOKEN[name], dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5 if parameter.ndim > 1 else 1.0)
+    assert in_a_file(tmp_path / "m.gguf", model) == name.split(",")[0]
+    ids = torch.randint(256, (40,), generator=torch.Generator().manual_seed(1))
+    with open_llama_cpp(tmp_path / "m.gguf", 64) as engine, torch.no_grad():
+        found, ours = (
+            engine.logprobs(ids.tolist(), [0, 19, 39]),
+            model(ids[None])[0, [0, 19, 39]].double().log_softmax(-1),
+        )
+    assert float(ours.std()) > 0.1
+    # its GELU looks its values up in a table of half precision
+    assert float((found - ours).abs().max()) < (
+        5e-3 if "gelu" in model.config.mlp or "geglu" in model.config.mlp else 2e-5
+    )
+
+
+NOT_SPOKEN = [
+    (SPOKEN["gpt2"], {"mlp": "gelu"}, "model.mlp is 'gelu' and theirs 'gelu_tanh'"),
+    (SPOKEN["gpt2"], {"mlp": "relu"}, "model.mlp is 'relu'"),
+    (SPOKEN["llama"], {"window": 8}, "model.window is 8 and theirs 0"),
+    (SPOKEN["phi3"], {"window": 8}, "model.window is 8"),
+    (SPOKEN["phi3"], {"head_dim": 10}, "model.rope_dim is 6 and theirs 0"),  # as a llama
+    (SPOKEN["qwen2"], {"head_dim": 10}, "model.qkv_bias is True and theirs False"),
+    (SPOKEN["nemotron"], {"head_dim": 10}, "model.head_dim is 10 and theirs 8"),
+    (SPOKEN["nemotron"], {"mlp": "gelu_tanh"}, "model.mlp is 'gelu_tanh' and theirs 'relu2'"),
+    (SPOKEN["arcee"], {"bias": True}, "model.mlp is 'relu2' and theirs 'swiglu'"),
+    (SPOKEN["qwen2"], {"n_embd": 30}, "model.qkv_bias is True and theirs False"),  # 4 heads of 8
+    (SPOKEN["gemma"], {"tied": False}, "model.tied is False and theirs True"),
+    (SPOKEN["gemma2"], {"softcap": 0.0}, "model.softcap is 0.0 and theirs 30.0"),
+    (SPOKEN["gemma2"], {"attn_scale": 0.5}, "model.attn_scale is 0.5 and theirs 0.0"),
+    (SPOKEN["qwen3"], {"rope_scaling": "llama3"}, "model.qk_norm is True and theirs False"),
+    (SPOKEN["llama"], {"n_layer": 513}, "model.n_layer is 513 and theirs 512"),
+]
+
+
+@pytest.mark.parametrize("config, change, words", NOT_SPOKEN, ids=lambda x: str(x)[:40])
+def test_what_llama_cpp_would_compute_otherwise_is_refused_with_a_remedy_that_helps(config, change, words):
+    llama3 = {"rope_factor": 4.0, "rope_original_len": 16} if "rope_scaling" in change else {}
+    changed = dataclasses.replace(config, **change | llama3)
+    with pytest.raises(InputError, match="llama.cpp has no architecture") as error:
+        config_to_gguf(changed)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    why = why_not_exportable(changed, "gguf")
+    assert why.startswith(str(error.value)) and "; train with --model." in why
+
+
+@given(configs(), st.sampled_from(["hf", "gguf"]))
+@settings(max_examples=30)
+def test_the_options_of_the_nearest_model_make_one_that_can_be_exported(config, to):
+    why = why_not_exportable(dataclasses.replace(config, vocab_size=0), to)
+    convert = {"hf": config_to_hf, "gguf": config_to_gguf}[to]
+    if not why:
+        return convert(config)
+    with pytest.raises(InputError):
+        convert(config)
+    assert "\n" not in why
+    for options in why.split("; train with ")[1].split(" or with ") if "train with" in why else ():
+        words = shlex.split(options)
+        given_ = {
+            name.removeprefix("--model."): tomllib.loads(f"v = {toml(value)}")["v"] for name, value in pairs(words)
+        }
+        start = {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default}
+        mended = ModelConfig(**without_idle("model", start, given_) | given_)
+        assert why_not_exportable(mended, to) == ""
+    event("options" if "train with" in why else "no options")
+
+
+def pairs(words):
+    return zip(words[::2], words[1::2], strict=True)
+
+
+def toml(value):
+    """A value of the command line as TOML has it."""
+    plain = (
+        value in ("true", "false")
+        or value.replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdigit()
+    )
+    return value if plain else f'"{value}"'
+
+
+def test_a_preset_whose_vocabulary_is_not_known_yet():
+    assert why_not_exportable(ModelConfig(mlp="swiglu"), "hf") == ""
+    why = why_not_exportable(ModelConfig(), "hf")
+    assert (
+        "model.mlp is 'relu2' and theirs 'swiglu'; train with --model.mlp swiglu or with --model.qk_norm false" in why
+    )
+    with pytest.raises(InputError, match="model.vocab_size is 0; give the tokenizer's"):
+        config_to_hf(ModelConfig(mlp="swiglu"))
+    with pytest.raises(InputError, match="to is 'onnx'; one of hf, gguf, ollama"):
+        why_not_exportable(ModelConfig(), "onnx")
+
+
+def test_a_float32_of_few_digits_is_read_as_its_decimal():
+    for value in (1e-5, 1e-6, 10_000.0, 5e5, 0.1, 2.0**-17, 1 / 3, 1e6):
+        stored = struct.unpack("<f", struct.pack("<f", value))[0]
+        assert shortest(stored) == (value if value != 1 / 3 else stored)
+    assert shortest(1e300) == 1e300 and math.isnan(shortest(math.nan)) and shortest(math.inf) == math.inf
 
 
 # ---- hostile folders -----------------------------------------------------------------------------------------------

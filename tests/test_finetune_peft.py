@@ -18,8 +18,8 @@ from kobza.finetune.lora import adapter_tensors, adapters, add_lora, choose_weig
 from kobza.finetune.merge import merge
 from kobza.finetune.peft import Base, load_adapter, save_adapter, weights_hash
 from kobza.finetune.places import targets_by_name
-from kobza.formats.families import config_to_hf
 from kobza.formats.load import load_model
+from kobza.formats.stock import config_to_hf
 from kobza.formats.weights import to_hf
 from kobza.model import build
 from kobza.optim import AdamW

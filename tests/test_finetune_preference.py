@@ -379,7 +379,7 @@ def llama():
 
 
 def ours_of(theirs):
-    from kobza.formats.families import LLAMA, slots
+    from kobza.formats.layouts import LLAMA, slots
     from kobza.formats.weights import gathered
 
     config = ModelConfig(
@@ -426,7 +426,7 @@ def rows_of(batch, prefix=""):
 
 def agree(ours, loss, theirs, their_mean, n):
     """The loss of n pairs and every gradient."""
-    from kobza.formats.families import LLAMA, slots
+    from kobza.formats.layouts import LLAMA, slots
     from kobza.formats.weights import gathered
 
     assert_close(loss.item() / n, their_mean.item(), rtol=1e-6, atol=0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kobza.config import InputError
 from kobza.formats import ggml
-from kobza.formats.ggml import BLOCKS, MADE, READABLE, TYPES, dequantize, load_tensor, quantize
+from kobza.formats.ggml import BLOCKS, load_tensor
 from kobza.formats.gguf import read_gguf, typed, write_gguf
 from kobza.formats.headers import find_tensors, inside, read_header, read_json, read_numpy
 
@@ -470,80 +470,3 @@ def test_a_vocabulary_is_read_fast(tmp_path):
     start = time.process_time()
     assert read_gguf(tmp_path / "x.gguf").metadata["merges"] == words
     assert time.process_time() - start < 1  # 0.04 s on an idle core
-
-
-# -- blocks ------------------------------------------------------------------------------------------------------------
-
-
-def test_types_are_ggufs_own():
-    gguf = pytest.importorskip("gguf")
-    for number, name in TYPES.items():
-        assert gguf.GGMLQuantizationType(number).name == name
-        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == BLOCKS[name]
-
-
-@pytest.mark.parametrize("type", [name for name in READABLE if name[0] not in "I" and name != "F64"])
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_random_bytes_dequantise_as_in_gguf_py(type):
-    gguf = pytest.importorskip("gguf")
-    values, size = BLOCKS[type]
-    raw = np.random.default_rng(0).integers(0, 256, (40, 3 * size), dtype=np.uint8)
-    theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type])
-    ours = dequantize(raw, type, (40, 3 * values))
-    assert ours.dtype == np.float32 and ours.shape == theirs.shape
-    good = ~np.isnan(theirs)  # which NaN it is may differ
-    assert good.mean() > 0.8 and (np.isnan(ours) == ~good).all()
-    assert (ours.view("<u4")[good] == theirs.view("<u4")[good]).all()
-
-
-def test_whole_numbers_and_doubles_are_read():
-    for type, dtype in (("I8", "i1"), ("I16", "<i2"), ("I32", "<i4"), ("I64", "<i8"), ("F64", "<f8")):
-        raw = np.array([[-3, 7]], dtype).view(np.uint8)
-        assert dequantize(raw, type, (1, 2)).tolist() == [[-3, 7]]
-
-
-@pytest.mark.parametrize("type", MADE)
-def test_made_blocks_are_gguf_pys_bytes(type):
-    gguf = pytest.importorskip("gguf")
-    rng = np.random.default_rng(0)
-    for numbers in (
-        rng.normal(0, 0.02, (64, 64)),
-        np.zeros((2, 32)),
-        rng.integers(-3, 4, (64, 64)),
-        [np.linspace(0, 9, 32)],
-    ):
-        numbers = np.asarray(numbers, np.float32)
-        theirs = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[type])
-        assert quantize(numbers, type).tobytes() == theirs.tobytes()
-
-
-@pytest.mark.parametrize(
-    "type, band",
-    [("F32", 0), ("BF16", 0.002), ("Q8_0", 0.006), ("Q5_1", 0.04), ("Q5_0", 0.045), ("Q4_1", 0.08), ("Q4_0", 0.09)],
-)
-def test_blocks_come_back_within_their_step(type, band):
-    numbers = np.random.default_rng(0).normal(0, 0.02, (64, 256)).astype(np.float32)
-    back = dequantize(quantize(numbers, type), type, numbers.shape)
-    error = float(np.linalg.norm(back - numbers) / np.linalg.norm(numbers))
-    assert band / 2 <= error <= band
-
-
-def test_pieces_do_not_show(monkeypatch):
-    raw = np.random.default_rng(0).integers(0, 256, 100 * 144, dtype=np.uint8)
-    whole = dequantize(raw, "Q4_K", (100, 256))
-    monkeypatch.setattr(ggml, "AT_ONCE", 7 * 256)
-    monkeypatch.setattr(np, "empty", np.zeros)  # or memory of the first time would hold the right numbers
-    assert dequantize(raw, "Q4_K", (100, 256)).tobytes() == whole.tobytes()
-
-
-def test_what_cannot_be_dequantised_says_so(tmp_path):
-    raw = np.zeros(66, np.uint8)
-    write_gguf(
-        tmp_path / "x.gguf", {}, {"w": ("IQ2_XXS", (1, 256), raw), "odd": ("Q8_0", (2, 16), np.zeros(34, np.uint8))}
-    )
-    gguf = read_gguf(tmp_path / "x.gguf")
-    for name, says in (("w", "IQ2_XXS"), ("odd", "block of 32"), ("ww", "did you mean w?")):
-        with pytest.raises(InputError, match=says):
-            load_tensor(gguf, name)
-    with pytest.raises(InputError, match="takes 34 bytes, not 66"):
-        dequantize(raw, "Q8_0", (1, 32))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kobza.config import ModelConfig
-from kobza.formats.families import LLAMA, LLAMA_LAYER, slots
+from kobza.formats.layouts import LLAMA, LLAMA_LAYER, slots
 from kobza.formats.weights import gathered
 from kobza.layers import Rope, rope_angles, rope_slowdown
 from kobza.model import build

@@ -32,9 +32,9 @@ from kobza.device import Runtime
 from kobza.doctor.mutations import specimens
 from kobza.formats import small
 from kobza.formats.chat import ChatEncoder, encode_chat
-from kobza.formats.families import config_to_hf
 from kobza.formats.gguf import write_gguf
 from kobza.formats.load import load_model
+from kobza.formats.stock import config_to_hf
 from kobza.formats.template import ChatTemplate, find_template
 from kobza.formats.weights import to_gguf, to_hf
 from kobza.hub import gguf_tokenizer, huggingface, store, vocabulary

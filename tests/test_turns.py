@@ -395,6 +395,12 @@ def test_released_templates_in_terms_of_turns():
     assert mistral.system is None and mistral.bos == "<s>" and mistral.user == ("[INST] ", " [/INST]")
 
 
+def test_a_token_that_begins_every_turn_is_no_beginning_of_the_text():
+    """SmolLM2 calls <|im_start|> its bos: Ollama, which is to put bos there itself, would not."""
+    turns = turns_of(ChatTemplate(chatml(default="kind").jinja(), "<|im_start|>", "<|im_end|>"))
+    assert turns.bos == "" and turns.system == ("<|im_start|>system\n", "<|im_end|>\n") and turns.default == "kind"
+
+
 # ---- what is learned of a chat ---------------------------------------------------------------------------------------
 
 TALK = [

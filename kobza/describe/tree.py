@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from kobza.config import ModelConfig, require
-from kobza.formats.families import config_from_gguf, config_from_hf, layout_by_names, layout_of, prefix_of, slots
+from kobza.formats.families import config_from_hf, layout_of
 from kobza.formats.gguf import read_gguf
+from kobza.formats.gguf_families import config_from_gguf
 from kobza.formats.headers import find_tensors, inside, read_json
+from kobza.formats.layouts import layout_by_names, prefix_of, slots
 from kobza.model import GPT
 from kobza.surgery import find_modules, watch
 

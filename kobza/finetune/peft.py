@@ -40,7 +40,7 @@ from kobza.finetune.claims import (
 from kobza.finetune.config import MethodConfig
 from kobza.finetune.lora import TABLES, LoraLinear, adapters, row_lengths, targets_of, wrap
 from kobza.finetune.places import Place, matched, places, shortest, stored_as, targets_by_name
-from kobza.formats.families import Layout
+from kobza.formats.layouts import Layout
 from kobza.model import GPT
 
 

@@ -9,17 +9,9 @@ from typing import Any, NamedTuple
 
 from kobza.config import InputError, ModelConfig, nearest, require
 from kobza.finetune.lora import TABLES
-from kobza.formats.families import (
-    FUSED,
-    Layout,
-    config_to_hf,
-    family_of,
-    layout_by_names,
-    shapes,
-    shown,
-    slots,
-    text_part,
-)
+from kobza.formats.families import family_of, shown, text_part
+from kobza.formats.layouts import FUSED, Layout, layout_by_names, shapes, slots
+from kobza.formats.stock import config_to_hf
 
 
 class Place(NamedTuple):

@@ -1,99 +1,24 @@
-"""Other people's models as ours: one table from their settings and names to ModelConfig and our tensors, read both ways.
+"""Other people's config.json as ModelConfig: one table of families, read here and written back by stock.py.
 
 A family is a row of data: which fields of ModelConfig its code fixes, which keys of config.json hold the rest (with the value
-that `transformers` 5 takes where a key is absent), and how its tensors are named and laid out. There is no class of a family.
-What a row cannot say is refused with the key and its value. GGUF metadata is put into the words of config.json first, so that
-there is one reader. This file loads no torch and touches no weights: weights.py moves the tensors along the slots made here.
+that `transformers` 5 takes where a key is absent), and how its tensors are named and laid out (layouts.py). There is no class of
+a family. What a row cannot say is refused with the key and its value. GGUF metadata is put into the words of config.json first
+(gguf_families.py), so that there is one reader. This file loads no torch.
 
     config_from_hf({"model_type": "llama", "hidden_size": 64, ...}) -> ModelConfig(n_embd=64, mlp="swiglu", ...)
-    config_to_hf(that) -> {"model_type": "llama", ...}      the stock architecture that computes the same function
-    slots(config, layout_of("llama")) -> [Slot("model.embed_tokens.weight", ("embed.weight",)), ...]
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from kobza.config import InputError, ModelConfig, nearest, require
+from kobza.config import InputError, ModelConfig, require
+from kobza.formats.layouts import FUSED, GGUF_LAYOUTS, GPT2, LLAMA, NEMOTRON, SANDWICH, Layout
 
 MOST = 2**31  # no size of a real model reaches it
-
-
-# ---- names ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a family names its modules, theirs -> ours; ours with spaces between them are joined along the rows in theirs."""
-
-    top: dict[str, str]
-    layer: dict[str, str]
-    block: str
-    """their name of block {}"""
-    prefixes: tuple[str, ...] = ("",)
-    """what may stand before all but the head; the first is what is written"""
-    head: str = "lm_head"
-    conv1d: bool = False
-    """matrices of the blocks are stored (in, out), as GPT-2's Conv1D does"""
-    interleaved: bool = False
-    """rope turns neighbouring channels, so the rows of q and k are in another order than in our halves"""
-    norm_shift: float = 0.0
-    """what is added to every norm's weight in the file"""
-    ignored: tuple[str, ...] = ()
-    """ends of names in the file that are no weights"""
-
-
-LLAMA_LAYER = {f"self_attn.{x}_proj": f"attn.{x}_proj" for x in "qkvo"}
-LLAMA_LAYER |= {f"self_attn.{x}_norm": f"attn.{x}_norm" for x in "qk"}
-LLAMA_LAYER |= {f"mlp.{x}_proj": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-LLAMA_LAYER |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
-SANDWICH_LAYER = LLAMA_LAYER | {
-    "post_attention_layernorm": "attn_out_norm",
-    "pre_feedforward_layernorm": "mlp_norm",
-    "post_feedforward_layernorm": "mlp_out_norm",
-}
-FUSED_LAYER = {name: ours for name, ours in LLAMA_LAYER.items() if ours[-6:] in ("o_proj", "n_proj") or "norm" in ours}
-FUSED_LAYER |= {"self_attn.qkv_proj": "attn.q_proj attn.k_proj attn.v_proj"}
-FUSED_LAYER |= {"mlp.gate_up_proj": "mlp.gate_proj mlp.up_proj"}
-GPT2_LAYER = {"ln_1": "attn_norm", "attn.c_attn": "attn.q_proj attn.k_proj attn.v_proj", "attn.c_proj": "attn.o_proj"}
-GPT2_LAYER |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-# multimodal files put the text model under a name of its own; both orders were released
-PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "model.language_model.model.")
-LLAMA_TOP = {"embed_tokens": "embed", "norm": "norm"}
-GPT2_TOP = {"wte": "embed", "wpe": "position", "ln_f": "norm"}
-LLAMA = Layout(LLAMA_TOP, LLAMA_LAYER, "layers.{}", PREFIXES, ignored=("rotary_emb.inv_freq",))
-SANDWICH = replace(LLAMA, layer=SANDWICH_LAYER)
-FUSED = replace(LLAMA, layer=FUSED_LAYER)
-# attn.bias and attn.masked_bias are the causal mask, which old files keep
-GPT2 = Layout(
-    GPT2_TOP, GPT2_LAYER, "h.{}", ("transformer.", ""), "lm_head", True, ignored=(".attn.bias", ".masked_bias")
-)
-
-GGUF_LAYER = {f"attn_{x}": f"attn.{x}_proj" for x in "qkv"} | {f"attn_{x}_norm": f"attn.{x}_norm" for x in "qk"}
-GGUF_LAYER |= {"attn_output": "attn.o_proj", "attn_norm": "attn_norm", "ffn_norm": "mlp_norm"}
-GGUF_LAYER |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-GGUF_SANDWICH = GGUF_LAYER | {"post_attention_norm": "attn_out_norm", "post_ffw_norm": "mlp_out_norm"}
-GGUF_QKV = {name: ours for name, ours in GGUF_LAYER.items() if name not in ("attn_q", "attn_k", "attn_v")}
-GGUF_QKV |= {"attn_qkv": "attn.q_proj attn.k_proj attn.v_proj"}
-GGUF_FUSED = {name: ours for name, ours in GGUF_QKV.items() if name not in ("ffn_gate", "ffn_up")}
-GGUF_FUSED |= {"ffn_up": "mlp.gate_proj mlp.up_proj"}
-GGUF_TOP = {"token_embd": "embed", "position_embd": "position", "output_norm": "norm"}
-GGUF = Layout(GGUF_TOP, GGUF_LAYER, "blk.{}", head="output", ignored=("rope_freqs.weight", "attn_rot_embd.weight"))
-# what llama.cpp's convert_hf_to_gguf.py writes: rows of q and k permuted for `llama` alone, 1 added to every norm of Gemma
-GGUF_LAYOUTS = {
-    "llama": replace(GGUF, interleaved=True),
-    "qwen2": GGUF,
-    "qwen3": GGUF,
-    "gemma": replace(GGUF, norm_shift=1.0),
-    "gemma2": replace(GGUF, layer=GGUF_SANDWICH, norm_shift=1.0),
-    "gemma3": replace(GGUF, layer=GGUF_SANDWICH, norm_shift=1.0),
-    "phi3": replace(GGUF, layer=GGUF_FUSED),
-    "gpt2": replace(GGUF, layer=GGUF_QKV),
-}
 
 
 # ---- families ------------------------------------------------------------------------------------------------------
@@ -125,6 +50,7 @@ LLAMA_KEYS = {
     "head_dim": "head_dim",
     "norm_eps": "rms_norm_eps",
 }
+NEMOTRON_KEYS = LLAMA_KEYS | {"norm_eps": "norm_eps"}
 GPT2_KEYS = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 GPT2_KEYS |= {"max_seq_len": "n_positions", "n_ff": "n_inner", "norm_eps": "layer_norm_epsilon"}
 GPT2_ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"}
@@ -162,6 +88,16 @@ GEMMA3_DEFAULTS |= {"rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
 GEMMA3_DEFAULTS |= {"final_logit_softcapping": None, "attn_logit_softcapping": None}
 PHI3_DEFAULTS = DEFAULTS | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "rms_norm_eps": 1e-5}
 PHI3_DEFAULTS |= {"max_position_embeddings": 4096, "sliding_window": None, "partial_rotary_factor": 1.0}
+ARCEE_DEFAULTS = DEFAULTS | {
+    "hidden_size": 2560,
+    "intermediate_size": 18432,
+    "hidden_act": "relu2",
+    "rms_norm_eps": 1e-5,
+}
+ARCEE_DEFAULTS |= {"max_position_embeddings": 4096, "attention_bias": False, "mlp_bias": False}
+NEMOTRON_DEFAULTS = {name: value for name, value in ARCEE_DEFAULTS.items() if name != "rms_norm_eps"}
+NEMOTRON_DEFAULTS |= {"vocab_size": 256_000, "hidden_size": 6144, "intermediate_size": 24576, "num_attention_heads": 48}
+NEMOTRON_DEFAULTS |= {"norm_eps": 1e-5, "partial_rotary_factor": 0.5}
 GPT2_DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}
 GPT2_DEFAULTS |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
@@ -217,6 +153,16 @@ FAMILIES = {
         act="hidden_activation",
         windows="every 6",
     ),
+    "arcee": Family("ArceeForCausalLM", LLAMA, PLAIN, ARCEE_DEFAULTS, gated=False),
+    # its norms have biases whether its linear layers have or not
+    "nemotron": Family(
+        "NemotronForCausalLM",
+        NEMOTRON,
+        {"norm": "layernorm", "qk_norm": False, "norm_offset": True, "bias": True},
+        NEMOTRON_DEFAULTS,
+        NEMOTRON_KEYS,
+        gated=False,
+    ),
 }
 ACTS = {"silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "gelu": "gelu"}
 ACTS |= {name: "gelu_tanh" for name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")}
@@ -239,8 +185,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
     "rope_interleaved": (False, None),
 }
-DIVISIBLE = ("llama", "gemma2", "gemma3_text")  # their stock configs refuse a width that the heads do not divide
-KNOWN_BIAS = {"llama": ("attention_bias", "mlp_bias"), "qwen2": ("attention_bias",)}  # read, or on in the code anyway
+DIVISIBLE = (
+    "llama",
+    "gemma2",
+    "gemma3_text",
+    "arcee",
+)  # their stock configs refuse a width that the heads do not divide
+KNOWN_BIAS = dict.fromkeys(("llama", "arcee", "nemotron"), ("attention_bias", "mlp_bias"))
+KNOWN_BIAS |= {"qwen2": ("attention_bias",)}  # read, or on in the code anyway
 LONG_WORDS = {  # why a near relative is not here
     "olmo2": "its QK-norm is over all heads at once; kobza's is over each head",
     "mixtral": "it has experts; kobza's blocks have one feed-forward",
@@ -254,7 +206,7 @@ def text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
     inner = hf.get("text_config")
     if inner is None:
         return dict(hf)
-    require(isinstance(inner, Mapping), f"config.json: text_config is {_short(inner)}; it must be an object")
+    require(isinstance(inner, Mapping), f"config.json: text_config is {brief(inner)}; it must be an object")
     kept = {"tie_word_embeddings", "quantization_config", "dtype", "torch_dtype"} & set(hf)
     text = dict(inner) | {key: hf[key] for key in kept}
     default = f"{hf.get('model_type')}_text"  # gemma-3-4b names no model_type within
@@ -264,7 +216,7 @@ def text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
 def family_of(hf: Mapping[str, Any]) -> tuple[str, Family]:
     """The row of a config by its model_type; custom code and other heads are refused."""
     kind = hf.get("model_type")
-    require(isinstance(kind, str), f"config.json: model_type is {_short(kind)}; name the family, e.g. llama")
+    require(isinstance(kind, str), f"config.json: model_type is {brief(kind)}; name the family, e.g. llama")
     known = ", ".join(FAMILIES)
     why = f": {LONG_WORDS[kind]}" if kind in LONG_WORDS else f" (known: {known})"
     require(kind in FAMILIES, f"config.json: model_type {kind!r} is none that kobza computes{why}")
@@ -273,7 +225,7 @@ def family_of(hf: Mapping[str, Any]) -> tuple[str, Family]:
     stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     stock = {family.architecture, f"{stem}Model", f"{stem}TextModel", f"{stem}ForConditionalGeneration"}
     good = isinstance(names, list) and all(isinstance(n, str) for n in names)
-    require(good, f"config.json: architectures is {_short(names)}; it must be a list of names")
+    require(good, f"config.json: architectures is {brief(names)}; it must be a list of names")
     own = "; its code is its own, which kobza never runs" if hf.get("auto_map") else ""
     strange = [name for name in names if name not in stock]
     require(not strange, f"config.json: architectures {strange} is not {family.architecture}{own}")
@@ -302,17 +254,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for key, plain in REFUSED.items():
         value = text.get(key, plain[0])
         fine = value in plain or key in KNOWN_BIAS.get(kind, ())
-        require(fine, f"config.json: {key} is {_short(value)}, which kobza's {kind} does not compute")
+        require(fine, f"config.json: {key} is {brief(value)}, which kobza's {kind} does not compute")
     said = family.defaults | text
     fields = dict(family.fixed) | _sizes(said, family)
     fields["tied"] = _flag(said, "tie_word_embeddings")
     fields["mlp"] = _activation(said, family)
     if "attention_bias" in family.defaults:
         both = (_flag(said, "attention_bias"), _flag(said, "mlp_bias"))
+        fine = both[0] == both[1] or family.layout.loose
         alone = f"config.json: attention_bias is {both[0]} and mlp_bias {both[1]}; kobza has both or none"
-        require(both[0] == both[1], alone)
-        fields["bias"] = both[0]
-    if family.fixed.get("norm_offset"):
+        require(fine, alone)
+        fields.setdefault("bias", both[0])
+    if family.fixed.get("norm_cast") == "after":  # Gemma
         fields["embed_scale"] = fields["n_embd"] ** 0.5
     if "query_pre_attn_scalar" in family.defaults:
         scalar = _number(said, "query_pre_attn_scalar")
@@ -335,7 +288,7 @@ def _with_aliases(hf: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {GPT2_ALIASES.get(key, key) if kind == "gpt2" else key: value for key, value in hf.items()}
 
 
-def _short(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value as it is shown in a message: one line, not long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -343,7 +296,7 @@ def _short(value: Any) -> str:
 
 def shown(name: str) -> str:
     """A name out of a stranger's file as it is shown in a message: one line, no control characters, not long."""
-    return _short(name).strip("'\"")
+    return brief(name).strip("'\"")
 
 
 def _number(said: Mapping[str, Any], key: str, kind: tuple[type, ...] = (int, float)) -> Any:
@@ -351,17 +304,18 @@ def _number(said: Mapping[str, Any], key: str, kind: tuple[type, ...] = (int, fl
     value = said[key]
     good = isinstance(value, kind) and not isinstance(value, bool) and 0 < value < MOST
     sort = "number" if float in kind else "whole number"
-    require(good, f"config.json: {key} is {_short(value)}; it must be a {sort} above 0 and below {MOST:,}")
+    require(good, f"config.json: {key} is {brief(value)}; it must be a {sort} above 0 and below {MOST:,}")
     return value
 
 
-def _whole(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Whether a value is a whole number that a size may be."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST
 
 
 def _flag(said: Mapping[str, Any], key: str) -> bool:
     value = said[key]
-    require(isinstance(value, bool), f"config.json: {key} is {_short(value)}; it must be true or false")
+    require(isinstance(value, bool), f"config.json: {key} is {brief(value)}; it must be true or false")
     return value
 
 
@@ -388,7 +342,7 @@ def _activation(said: Mapping[str, Any], family: Family) -> str:
         act = said.get("hidden_activation") or act
     known = ACTS if not family.gated else {name: ours for name, ours in ACTS.items() if ours in GATED}
     good = isinstance(act, str) and act in known
-    require(good, f"config.json: {key} is {_short(act)}; kobza has {', '.join(known)} here")
+    require(good, f"config.json: {key} is {brief(act)}; kobza has {', '.join(known)} here")
     return GATED[ACTS[act]] if family.gated else ACTS[act]
 
 
@@ -406,9 +360,9 @@ def _windows(said: Mapping[str, Any], family: Family, n_layer: int) -> tuple[str
     if types is not None:
         kinds = {"sliding_attention": "L", "full_attention": "G"}
         good = isinstance(types, list) and len(types) == n_layer
-        require(good, f"config.json: layer_types is {_short(types)}; give {n_layer} names, one a layer")
+        require(good, f"config.json: layer_types is {brief(types)}; give {n_layer} names, one a layer")
         bad = next((kind for kind in types if not isinstance(kind, str) or kind not in kinds), None)
-        require(bad is None, f"config.json: layer_types has {_short(bad)}; kobza has {', '.join(kinds)}")
+        require(bad is None, f"config.json: layer_types has {brief(bad)}; kobza has {', '.join(kinds)}")
         letters = "".join(kinds[kind] for kind in types)
         whole = family.windows != "all" or "G" not in letters
         require(whole, "config.json: layer_types has full_attention, which this family's stock code does not read")
@@ -417,7 +371,7 @@ def _windows(said: Mapping[str, Any], family: Family, n_layer: int) -> tuple[str
     elif family.windows == "upper":
         first = said["max_window_layers"]
         good = isinstance(first, int) and not isinstance(first, bool) and first >= 0
-        require(good, f"config.json: max_window_layers is {_short(first)}; it must be a whole number")
+        require(good, f"config.json: max_window_layers is {brief(first)}; it must be a whole number")
         letters = "".join("L" if i >= first else "G" for i in range(n_layer))
     else:
         given = "sliding_window_pattern" in family.defaults
@@ -444,7 +398,7 @@ def _rope(said: Mapping[str, Any], kind: str, head_dim: int, letters: str) -> di
     """The fields of the rotary angles. Old configs say rope_theta and rope_scaling, new ones rope_parameters."""
     key = "rope_scaling" if said.get("rope_scaling") else "rope_parameters"
     rope = said.get(key) or {}
-    require(isinstance(rope, Mapping), f"config.json: {key} is {_short(rope)}; it must be an object")
+    require(isinstance(rope, Mapping), f"config.json: {key} is {brief(rope)}; it must be an object")
     local: Any = {}
     if kind == "gemma3_text":  # two sorts of angles
         local = {"rope_theta": said["rope_local_base_freq"]}
@@ -454,18 +408,16 @@ def _rope(said: Mapping[str, Any], kind: str, head_dim: int, letters: str) -> di
         if nested:
             rope, near = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
             good = isinstance(rope, Mapping) and isinstance(near, Mapping)
-            require(
-                good, f"config.json: {key} is {_short(said[key])}; full_attention and sliding_attention are objects"
-            )
+            require(good, f"config.json: {key} is {brief(said[key])}; full_attention and sliding_attention are objects")
             local |= dict(near)
         plain = local.get("rope_type", local.get("type", "default")) == "default"
-        require(plain, f"config.json: {key} sliding_attention is {_short(local)}; kobza scales no local angles")
+        require(plain, f"config.json: {key} sliding_attention is {brief(local)}; kobza scales no local angles")
     usual = {"rope_theta": said["rope_theta"], "partial_rotary_factor": said.get("partial_rotary_factor", 1.0)}
     rope = usual | dict(rope)
     fields = {"rope_theta": float(_number(rope, "rope_theta"))} | _scaling(said, kind, rope)
     share = 1.0 if rope["partial_rotary_factor"] is None else _number(rope, "partial_rotary_factor")
-    stock = share == 1 or (kind == "phi3" and share < 1)
-    require(stock, f"config.json: partial_rotary_factor is {_short(share)}, which {kind}'s stock code does not read")
+    stock = share == 1 or ("partial_rotary_factor" in FAMILIES[kind].defaults and share < 1)
+    require(stock, f"config.json: partial_rotary_factor is {brief(share)}, which {kind}'s stock code does not read")
     if share != 1:
         turned = int(head_dim * share)
         require(turned > 0, f"config.json: partial_rotary_factor {share} leaves no channel of head_dim {head_dim}")
@@ -489,7 +441,7 @@ def _scaling(said: Mapping[str, Any], kind: str, rope: Mapping[str, Any]) -> dic
         ["linear", "yarn", "llama3"] if kind != "phi3" else []
     )  # Phi-3's stock code knows longrope besides, kobza not
     more = ", ".join(["default", "dynamic", *known])
-    require(sort in known, f"config.json: rope type {_short(sort)} is not computed; kobza has {more} in {kind}")
+    require(sort in known, f"config.json: rope type {brief(sort)} is not computed; kobza has {more} in {kind}")
     require("factor" in rope, f"config.json: rope type {sort} has no factor; say how many times as far")
     factor = float(_number(rope, "factor"))
     require(factor >= 1, f"config.json: rope factor is {factor}; it must be at least 1")
@@ -500,7 +452,7 @@ def _scaling(said: Mapping[str, Any], kind: str, rope: Mapping[str, Any]) -> dic
         given = rope.get(key, value if sort == "yarn" else None)
         close = isinstance(given, int | float) and value is not None and math.isclose(given, value, rel_tol=1e-6)
         fine = close or (given is None and sort == "yarn")
-        require(fine, f"config.json: rope {sort} {key} is {_short(given)}; kobza computes {key} {_short(value)}")
+        require(fine, f"config.json: rope {sort} {key} is {brief(given)}; kobza computes {key} {brief(value)}")
     if factor == 1:
         return {}
     fields: dict[str, Any] = {"rope_scaling": sort, "rope_factor": factor}
@@ -511,382 +463,6 @@ def _scaling(said: Mapping[str, Any], kind: str, rope: Mapping[str, Any]) -> dic
     return fields
 
 
-# ---- back ----------------------------------------------------------------------------------------------------------
-
-
-def canonical(config: ModelConfig) -> ModelConfig:
-    """The same function in the words that `config_from_hf` uses: no training, no padding, no alias of another setting."""
-    start = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-    values = dataclasses.asdict(config) | {name: start[name] for name in ("init", "dropout", "n_ahead", "pad_vocab")}
-    if config.rope_scaling == "ntk":  # is a larger theta
-        pairs = (config.rope_dim or config.head_dim) // 2
-        grown = config.rope_factor ** (pairs / (pairs - 1)) if pairs > 1 else 1.0
-        values |= {"rope_theta": config.rope_theta * grown, "rope_scaling": "none", "rope_factor": 1.0}
-    if config.ff_widths and len(set(config.ff_widths.split(","))) == 1:
-        values |= {"n_ff": config.ff_width(0), "ff_widths": ""}
-    if config.attn_scale and math.isclose(config.attn_scale, config.head_dim**-0.5, rel_tol=1e-12):
-        values["attn_scale"] = 0.0
-    if config.window:
-        letters = "".join("L" if config.is_windowed(i) else "G" for i in range(config.n_attention))
-        values["window_pattern"] = period(letters)
-        if config.window >= config.max_seq_len and not config.rope_local_theta:
-            values |= {"window": 0, "window_pattern": "L"}
-    return ModelConfig(**values)
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of the stock architecture that computes the same function; InputError names the switch in the way.
-
-    What a family has and this model lacks without a difference is taken along: weights of 1 in a norm, biases of 0.
-    """
-    wanted, differences = canonical(config), {}
-    for kind, family in FAMILIES.items():
-        try:
-            raised = _raised(wanted, family)
-            hf = _draft(raised, kind, family)
-            found = canonical(config_from_hf(hf))
-        except InputError:
-            continue
-        differ = [f.name for f in dataclasses.fields(ModelConfig) if getattr(found, f.name) != getattr(raised, f.name)]
-        if not differ:
-            return hf
-        differences[kind] = (differ, found)
-    lone = f"no stock architecture computes this model: model.pattern is {wanted.pattern!r} and theirs 'AF'"
-    require(bool(differences), lone)
-    kind = min(differences, key=lambda name: len(differences[name][0]))
-    names, found = differences[kind]
-    words = [f"model.{name} is {getattr(wanted, name)!r} and theirs {getattr(found, name)!r}" for name in names[:3]]
-    near = FAMILIES[kind].architecture
-    raise InputError(f"no stock architecture computes this model; the nearest is {near}: {'; '.join(words)}")
-
-
-def _raised(config: ModelConfig, family: Family) -> ModelConfig:
-    """The config with the weights that the family has and that can be filled so as to change nothing."""
-    new: dict[str, Any] = {}
-    if config.norm != "none" and not config.norm_weight:
-        new |= {"norm_weight": True, "norm_offset": bool(family.fixed.get("norm_offset"))}
-    if config.qk_norm and not config.qk_norm_weight and family.fixed.get("qk_norm_weight"):
-        new["qk_norm_weight"] = True
-    if family.fixed.get("bias") and not config.bias:
-        new |= {"bias": True, "qkv_bias": False}
-    if family.fixed.get("qkv_bias") and not config.bias:
-        new["qkv_bias"] = True
-    return replace(config, **new)
-
-
-def _draft(config: ModelConfig, kind: str, family: Family) -> dict[str, Any]:
-    """A family's config.json with all that it can say of a model; whether that is all is seen by reading it back."""
-    whole = kind not in DIVISIBLE or config.n_embd % config.n_head == 0
-    require(
-        whole, f"{kind} refuses n_embd {config.n_embd} that n_head {config.n_head} does not divide, head_dim or not"
-    )
-    hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": kind} | dict(family.defaults)
-    hf |= {theirs: getattr(config, ours) for ours, theirs in family.keys.items()}
-    hf["tie_word_embeddings"] = config.tied
-    acts = {GATED.get(ours, "") if family.gated else ours: name for name, ours in reversed(ACTS.items())}
-    hf[family.act] = acts.get(config.mlp, hf[family.act])
-    if kind == "gpt2":
-        return hf | {f"{part}_pdrop": config.dropout for part in ("resid", "embd", "attn")}
-    hf |= {f"{name}_token_id": None for name in ("bos", "eos", "pad")}  # their defaults may not be in the vocabulary
-    if "attention_bias" in hf:
-        hf |= {"attention_bias": config.bias, "mlp_bias": config.bias}
-    if "query_pre_attn_scalar" in hf:
-        scalar = config.attn_scale**-2 if config.attn_scale else config.head_dim
-        hf["query_pre_attn_scalar"] = round(scalar) if math.isclose(scalar, round(scalar), rel_tol=1e-9) else scalar
-        hf |= {"final_logit_softcapping": config.softcap or None, "attn_logit_softcapping": config.attn_softcap or None}
-    if family.windows:
-        hf |= _draft_windows(config, family)
-    hf["rope_theta"] = config.rope_theta
-    if config.rope_scaling != "none":
-        hf["rope_scaling"] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-        length = {"original_max_position_embeddings": config.rope_original_len}
-        hf["rope_scaling"] |= length if config.rope_original_len else {}
-        if config.rope_scaling == "llama3":
-            hf["rope_scaling"] |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    if "rope_local_base_freq" in hf:
-        hf["rope_local_base_freq"] = config.rope_local_theta or config.rope_theta
-    if "partial_rotary_factor" in hf and config.rope_dim:
-        hf["partial_rotary_factor"] = share_of(config.rope_dim, config.head_dim)
-    return hf
-
-
-def share_of(turned: int, head_dim: int) -> float:
-    """The partial_rotary_factor that gives so many channels once multiplied and rounded down."""
-    share = turned / head_dim
-    return share if int(head_dim * share) == turned else math.nextafter(share, 1)
-
-
-def _draft_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """The keys of the window."""
-    if family.windows == "all":
-        return {"sliding_window": config.window or None}
-    kinds = ["sliding_attention" if config.is_windowed(i) else "full_attention" for i in range(config.n_attention)]
-    found = {"layer_types": kinds, "sliding_window": config.window or family.defaults["sliding_window"]}
-    return found | ({"use_sliding_window": config.window > 0} if family.windows == "upper" else {})
-
-
-# ---- GGUF ----------------------------------------------------------------------------------------------------------
-
-GGUF_KEYS = {
-    "max_seq_len": "context_length",
-    "n_layer": "block_count",
-    "n_head": "attention.head_count",
-    "n_kv_head": "attention.head_count_kv",
-    "n_embd": "embedding_length",
-    "n_ff": "feed_forward_length",
-    "head_dim": "attention.key_length",
-    "norm_eps": "attention.layer_norm_rms_epsilon",
-}
-GGUF_REFUSED: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "attention.causal": (True,),
-    "attention.scale": (0.0,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "use_parallel_residual": (False,),
-    "logit_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-}
-GGUF_FAMILIES = {arch: arch for arch in GGUF_LAYOUTS} | {"gemma3": "gemma3_text"}
-
-
-def config_from_gguf(
-    metadata: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    rope_freqs: list[float] | None = None,
-) -> ModelConfig:
-    """GGUF metadata -> ModelConfig. Three things stand in the tensors alone, so give their `shapes` by name and the values of
-    rope_freqs.weight: whether the head is tied (no output.weight), the rows of the vocabulary, and Llama 3's slowed angles."""
-    try:
-        config = config_from_hf(hf_from_gguf(metadata, shapes))
-    except InputError as error:
-        raise InputError(f"GGUF metadata, as {error}") from None
-    return config if rope_freqs is None else with_rope_freqs(config, rope_freqs)
-
-
-def hf_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
-    """GGUF metadata in the words of config.json."""
-    arch = metadata.get("general.architecture")
-    require(isinstance(arch, str), f"general.architecture is {_short(arch)}; it must name the family, e.g. llama")
-    known = list(GGUF_LAYOUTS)
-    require(arch in known, f"general.architecture {arch!r} is none that kobza computes{nearest(arch, known)}")
-    kind = GGUF_FAMILIES[arch]
-    family = FAMILIES[kind]
-
-    def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{arch}.{key}", default)
-        many = isinstance(value, Collection) and not isinstance(value, str)
-        return list(value)[:10_001] if many else value  # an array is a list, here as in a config
-
-    names = GGUF_KEYS | ({"norm_eps": "attention.layer_norm_epsilon"} if arch == "gpt2" else {})
-    hf: dict[str, Any] = {"model_type": kind}
-    for ours, theirs in family.keys.items():
-        if ours in names:
-            value = get(names[ours])
-            needed = ours not in ("n_kv_head", "n_ff", "head_dim")
-            require(value is not None or not needed, f"{arch}.{names[ours]} is not there; the file is not whole")
-            hf[theirs] = value
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    said = get("vocab_size") or (len(tokens) if isinstance(tokens, Collection) else None)
-    rows = (shapes or {}).get("token_embd.weight", (said,))
-    tied = shapes is None or "output.weight" not in shapes
-    hf |= {"vocab_size": rows[0] if rows else None, "tie_word_embeddings": tied}
-    if arch == "gpt2":
-        return hf
-    for key, plain in GGUF_REFUSED.items():
-        fine = get(key) is None or get(key) in plain
-        require(fine, f"{arch}.{key} is {_short(get(key))}, which kobza's {kind} does not compute")
-    long = "rope_factors_long.weight" in (shapes or {})
-    require(not long, "rope_factors_long.weight is there: longrope, which kobza does not compute")
-    hf |= {"rope_theta": get("rope.freq_base", family.defaults["rope_theta"]), "rope_scaling": _gguf_scaling(get, arch)}
-    turned, width, heads = get("rope.dimension_count"), hf["hidden_size"], hf["num_attention_heads"]
-    if hf["head_dim"] is None and _whole(width) and _whole(heads):
-        hf["head_dim"] = width // heads or None
-    if turned is not None and turned != hf["head_dim"] and hf["head_dim"] is not None:
-        whole = _whole(turned) and _whole(hf["head_dim"])
-        require(whole, f"{arch}.rope.dimension_count is {_short(turned)} of key_length {_short(hf['head_dim'])}")
-        hf["partial_rotary_factor"] = share_of(turned, hf["head_dim"])
-    return hf | _gguf_attention(get, kind, family, hf)
-
-
-def _gguf_attention(get: Any, kind: str, family: Family, hf: dict[str, Any]) -> dict[str, Any]:
-    """Windows, caps and scale. What llama.cpp keeps in its code stands here: the pattern of windows, Gemma's largest models."""
-    found: dict[str, Any] = {}
-    if family.windows:
-        usual = 4096 if kind == "gemma2" else None  # llama.cpp's own default; elsewhere an absent one is none
-        window, pattern = get("attention.sliding_window") or usual, get("attention.sliding_window_pattern")
-        found["sliding_window"] = window
-        if family.windows == "upper":
-            found |= {"use_sliding_window": window is not None, "max_window_layers": 0}
-        if isinstance(pattern, list):  # True: local
-            found["layer_types"] = ["sliding_attention" if local else "full_attention" for local in pattern]
-        elif pattern is not None:
-            found["sliding_window_pattern"] = pattern
-    if "query_pre_attn_scalar" in family.defaults:
-        largest = {"gemma2": 46, "gemma3_text": 62}[kind]  # layers of the 27B models, whose scale is not by head_dim
-        width, heads = hf["hidden_size"], hf["num_attention_heads"]
-        narrow = hf["num_hidden_layers"] == largest and _whole(width) and _whole(heads)
-        found["query_pre_attn_scalar"] = width // heads if narrow else hf["head_dim"]
-        capped = kind == "gemma2"
-        found["attn_logit_softcapping"] = get("attn_logit_softcapping", 50.0 if capped else None)
-        found["final_logit_softcapping"] = get("final_logit_softcapping", 30.0 if capped else None)
-    if kind == "gemma3_text":
-        found["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
-    return found
-
-
-def _gguf_scaling(get: Any, arch: str) -> dict[str, Any] | None:
-    """rope.scaling.* as rope_scaling."""
-    sort = get("rope.scaling.type")
-    if sort in (None, "none"):
-        return None
-    found = {"rope_type": sort, "factor": get("rope.scaling.factor")}
-    original = get("rope.scaling.original_context_length")
-    return found | ({"original_max_position_embeddings": original} if original is not None else {})
-
-
-def with_rope_freqs(config: ModelConfig, divide: list[float]) -> ModelConfig:
-    """The config with Llama 3's scaling, of which a GGUF file keeps only what each frequency is divided by, (D/2,)."""
-    pairs = (config.rope_dim or config.head_dim) // 2
-    require(len(divide) == pairs, f"rope_freqs.weight has {len(divide)} values; {pairs} pairs are turned")
-    factor = float(max(divide))
-    if factor == 1 and min(divide) == 1:
-        return config
-    lengths = [8192, *(2**n for n in range(8, 21))]  # Llama 3's first
-    for length in lengths if config.rope_scaling == "none" and math.isfinite(factor) and factor > 1 else ():
-        found = replace(config, rope_scaling="llama3", rope_factor=round(factor, 4), rope_original_len=length)
-        if all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(llama3_slowdown(found), divide, strict=True)):
-            return found
-    raise InputError(
-        f"rope_freqs.weight divides by up to {factor:g} in a way that is not Llama 3's; kobza has no other"
-    )
-
-
-def llama3_slowdown(config: ModelConfig) -> list[float]:
-    """`rope_slowdown` of layers.py for llama3, without torch."""
-    pairs, s, length = (config.rope_dim or config.head_dim) // 2, config.rope_factor, config.rope_original_len
-    turns = [length / (2 * math.pi) * config.rope_theta ** (-i / pairs) for i in range(pairs)]
-    kept = [min(1.0, max(0.0, (t - 1) / (4 - 1))) for t in turns]
-    return [1 / (k + (1 - k) / s) for k in kept]
-
-
-# ---- tensors -------------------------------------------------------------------------------------------------------
-
-
-class Slot(NamedTuple):
-    """A tensor of theirs and those of ours that it holds, joined along the rows in this order."""
-
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-    """stored (in, out)"""
-    n_heads: int = 0
-    """heads whose rows are interleaved pairs in theirs, halves in ours; 0: as ours"""
-    shift: float = 0.0
-    """theirs is ours + shift"""
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of GPT(config) by name, counted without building it; a tied head has none of its own."""
-    C, D, found = config.n_embd, config.head_dim, {}
-
-    def norm(name: str, *places: str) -> None:
-        if config.norm != "none" and config.norm_place in places:
-            found.update({f"{name}.weight": (C,)} if config.norm_weight else {})
-            found.update({f"{name}.bias": (C,)} if config.norm == "layernorm" and config.bias else {})
-
-    def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
-        found.update({f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if bias else {}))
-
-    found["embed.weight"] = (config.n_rows, C)
-    if config.position == "learned":
-        found["position.weight"] = (config.max_seq_len, C)
-    norm("embed_norm", "everywhere")
-    for index in range(config.n_layer):
-        for i, letter in enumerate(config.pattern):
-            nth = config.pattern[:i].count(letter)
-            part = f"blocks.{index}." + {"A": "attn", "F": "mlp"}[letter] + (str(nth + 1) if nth else "")
-            place = index * config.pattern.count(letter) + nth
-            norm(f"{part}_norm", "before", "both", "everywhere")
-            norm(f"{part}_out_norm", "output", "both", "everywhere")
-            norm(f"{part}_sum_norm", "after")
-            if letter == "A":
-                heads = dict(zip("qkv", (config.heads(place)[n] for n in (0, 1, 1)), strict=True))
-                for x, n in heads.items():
-                    linear(f"{part}.{x}_proj", n * D, C, config.bias or config.qkv_bias)
-                linear(f"{part}.o_proj", C, heads["q"] * D, config.bias)
-                found |= {f"{part}.{x}_norm.weight": (D,) for x in "qk"} if config.qk_norm_weight else {}
-            else:
-                width = config.ff_width(place)
-                for x in ("gate", "up") if config.mlp in GATED.values() else ("up",):
-                    linear(f"{part}.{x}_proj", width, C, config.bias)
-                linear(f"{part}.down_proj", C, width, config.bias)
-    norm("norm", "before", "output", "both", "everywhere")
-    found |= {} if config.tied else {"lm_head.weight": (config.n_rows, C)}
-    found |= {f"ahead.{i}.proj.weight": (C, C) for i in range(config.n_ahead - 1)}
-    return found
-
-
 def layout_of(kind: str, gguf: bool = False) -> Layout:
     """The layout of a family by model_type, or of a GGUF architecture."""
     return GGUF_LAYOUTS[kind] if gguf else FAMILIES[kind].layout
-
-
-def layout_by_names(config: ModelConfig, names: Collection[str]) -> Layout:
-    """The layout of a Hugging Face file by what is in it; families that compute the same may be stored differently."""
-    if any(name.endswith("self_attn.qkv_proj.weight") for name in names):
-        return FUSED
-    if config.position == "learned":
-        return GPT2
-    return SANDWICH if config.norm_place == "both" else LLAMA
-
-
-def prefix_of(layout: Layout, names: Collection[str]) -> str:
-    """What stands before the names in a file."""
-    embed = f"{next(iter(layout.top))}.weight"
-    found = [prefix for prefix in layout.prefixes if prefix + embed in names]
-    places = ", ".join(prefix + embed for prefix in layout.prefixes)
-    require(bool(found), f"no embedding among {len(names)} tensors; looked for {places}")
-    return found[0]
-
-
-def head_names(layout: Layout, prefix: str) -> tuple[str, ...]:
-    """Where the head may stand, usual place first."""
-    outer = prefix.removesuffix("model.")
-    names = (f"{layout.head}.weight", f"{outer}{layout.head}.weight", f"{prefix}{layout.head}.weight")
-    return tuple(dict.fromkeys(names))
-
-
-def slots(
-    config: ModelConfig, layout: Layout, prefix: str | None = None, names: Collection[str] | None = None
-) -> list[Slot]:
-    """Where each weight of ours is found in theirs, in the order of theirs. names: those of the file, to find the head by."""
-    prefix = layout.prefixes[0] if prefix is None else prefix
-    few = names is not None and len(names) < config.n_layer  # said before as many layers are gone through
-    require(
-        not few, f"the config has {config.n_layer:,} layers and the file {len(names or ())} tensors; one of them is cut"
-    )
-    ours, found = shapes(config), []
-
-    def add(theirs: str, mine: str, inner: bool) -> None:
-        for kind in ("weight", "bias"):
-            full = tuple(f"{name}.{kind}" for name in mine.split(" "))
-            if any(name in ours for name in full):
-                transposed = inner and layout.conv1d and kind == "weight" and mine.endswith("_proj")
-                heads = {"q_proj": config.n_head, "k_proj": config.n_kv_head}.get(mine[-6:], 0)
-                shift = layout.norm_shift if mine.endswith("norm") else 0.0
-                found.append(Slot(f"{theirs}.{kind}", full, transposed, heads if layout.interleaved else 0, shift))
-
-    for theirs, mine in layout.top.items():
-        add(prefix + theirs, mine, False)
-    for index in range(config.n_layer):
-        for theirs, mine in layout.layer.items():
-            block = " ".join(f"blocks.{index}.{name}" for name in mine.split(" "))
-            add(f"{prefix}{layout.block.format(index)}.{theirs}", block, True)
-    head = next((name for name in head_names(layout, prefix) if names and name in names), f"{layout.head}.weight")
-    add(head.removesuffix(".weight"), "lm_head", False)
-    covered = {name for slot in found for name in slot.ours}
-    lost = [name for name in ours if name not in covered]
-    require(not lost, f"this layout has no place for {', '.join(lost[:3])}; {len(lost)} tensors in all")
-    return found

@@ -2,18 +2,23 @@
 
 A block is a run of `values` numbers of one row in `bytes` bytes: a scale or two in float16, then small integers. The struct of
 each block stands below as a numpy dtype, in the order of ggml-common.h; what its integers mean stands in the function that undoes
-it. The older types (Q4_0 ... Q8_0) can be made here too; the K types are only read, for making them well is a search.
+it. Q2_K and Q3_K are only read. Which integers are best is the search in kquants.py; what they are packed into stands here.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kobza.config import InputError, nearest, require
+from kobza.formats.kquants import fit_ranged, fit_signed, fit_super, halved, inverse, total, weights
 
 if TYPE_CHECKING:
     from kobza.formats.gguf import Gguf
@@ -209,75 +214,199 @@ DEQUANTIZE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 assert set(DEQUANTIZE) == set(STRUCTS) and all(BLOCKS[name][1] == s.itemsize for name, s in STRUCTS.items())
 
 
-# -- numbers -> bytes, as ggml's reference quantisers round ------------------------------------------------------------
+# -- numbers -> bytes --------------------------------------------------------------------------------------------------
 
-MADE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+LARGEST = 65504  # of a float16
 
 
-def quantize(numbers: np.ndarray, type: str) -> np.ndarray:
-    """The bytes of a float32 tensor in a ggml type, uint8, flat; equal to gguf-py's."""
+def quantize(numbers: np.ndarray, type: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """The bytes of a float32 tensor in a ggml type, uint8, flat; the same whatever the machine and its threads.
+
+    importance (columns,): what a squared error in each column counts; only the types that search look at it (not Q8_0). Without
+    it the plain types are rounded as in gguf-py.
+    """
     if type not in MADE:
         raise InputError(f"cannot write ggml type {type}{nearest(type, list(MADE))}")
     numbers = np.ascontiguousarray(numbers, np.float32)
-    values, _ = BLOCKS[type]
+    values, size = BLOCKS[type]
     require(
         numbers.size > 0 and numbers.shape[-1] % values == 0 if numbers.ndim else values == 1,
         f"a row of {numbers.shape[-1:]} values is no multiple of {type}'s block of {values}; take F16",
     )
-    if type in PLAIN:
-        return numbers.astype(PLAIN[type]).reshape(-1).view(np.uint8)
-    if type == "BF16":
-        return _to_bfloat16(numbers.reshape(-1)).view(np.uint8)
+    blocks = np.empty(numbers.size // values, STRUCTS.get(type, f"V{size}"))
     rows = numbers.reshape(-1, values)
-    blocks = np.empty(len(rows), STRUCTS[type])
-    {"Q8_0": _make_q8_0, "Q4_0": _make_signed, "Q5_0": _make_signed}.get(type, _make_ranged)(rows, blocks)
+    columns = None if importance is None else _columns(importance, numbers.shape[-1], values)
+    per_row = 1 if columns is None else len(columns)
+    at_once = AT_ONCE_MADE << (values == 256 or columns is not None)  # a search has fewer short operations that way
+    make, step = MAKE[type], max(1, at_once // (values * per_row)) * per_row  # whole rows, where columns differ
+
+    def piece(at: int) -> None:
+        part = rows[at : at + step]
+        require(
+            type in ANY or bool((np.abs(part) <= LARGEST).all()),
+            f"{type} holds numbers up to 65,504, and this tensor has {_worst(part)}; take BF16, or a checkpoint that is whole",
+        )
+        if values == 1:
+            blocks[at : at + step] = make(part[:, 0]).view(blocks.dtype)
+            return
+        x = part.T.copy()
+        make(x, None if columns is None else _counts(x, columns), blocks[at : at + step])
+
+    _shared(piece, range(0, len(rows), step))
     return blocks.view(np.uint8)
 
 
-def _to_bfloat16(numbers: np.ndarray) -> np.ndarray:
-    """To the nearest, ties to even; a NaN stays one."""
-    bits = numbers.view("<u4")
-    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, bits >> 16 | 64, rounded).astype("<u2")
+def _shared(work: Callable[[int], None], starts: range) -> None:
+    """work(start) of each, by as many threads as there are cores: numpy lets go of the interpreter."""
+    threads = min(os.cpu_count() or 1, len(starts))
+
+    def share(first: int) -> None:
+        for start in starts[first::threads]:
+            work(start)
+
+    if threads == 1:
+        return share(0)
+    with ThreadPoolExecutor(threads) as pool:
+        deque(pool.map(share, range(threads)), maxlen=0)
 
 
-def _inverse(d: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.where(d == 0, np.float32(0), 1 / d)
+def _worst(part: np.ndarray) -> str:
+    """The number that cannot be held: a NaN first."""
+    return f"{part.flat[np.abs(part).argmax()]:g}"
 
 
-def _make_q8_0(rows: np.ndarray, blocks: np.ndarray) -> None:
-    d = np.abs(rows).max(-1, keepdims=True) / 127
-    scaled = rows * _inverse(d)
-    whole = np.floor(np.abs(scaled))
-    blocks["qs"] = np.sign(scaled) * (
-        whole + np.floor(2 * (np.abs(scaled) - whole))
-    )  # half away from zero, as C's roundf
-    blocks["d"] = d[:, 0]
+def _columns(importance: np.ndarray, n_columns: int, values: int) -> np.ndarray:
+    """The importance of a row's blocks (n_columns / values, values), 1 on average; no column counts nothing."""
+    counts = np.asarray(importance, np.float32)
+    whole = counts.shape == (n_columns,) and bool((np.isfinite(counts) & (counts >= 0)).all())
+    require(
+        whole,
+        f"the importance of a tensor with {n_columns:,} columns is as many finite numbers from 0, not {counts.shape}; "
+        "measure it again with this model",
+    )
+    mean = counts.astype(np.float64).mean()
+    counts = counts / np.float32(mean) if mean > 0 else np.ones_like(counts)
+    return np.maximum(counts, np.float32(LEAST_IMPORTANCE)).reshape(-1, values)
 
 
-def _make_signed(rows: np.ndarray, blocks: np.ndarray) -> None:
+def _counts(x: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """What an error in each number of whole rows counts, (values, n); in the plain types as in ggml more in large ones."""
+    counts = np.tile(columns.T, x.shape[1] // len(columns))
+    if len(x) == 32:
+        square = x * x
+        mean = total(square).reshape(-1, len(columns)).mean(-1, dtype=np.float64) / 32  # of each row
+        counts *= np.sqrt(np.repeat(mean.astype(np.float32), len(columns)) + square)
+    return counts
+
+
+# x (values, n) float32: the blocks side by side; counts likewise, or None
+
+
+def _to_half(numbers: np.ndarray, type: str) -> np.ndarray:
+    import torch  # rounds as numpy and gguf-py do, many times as fast
+
+    return torch.tensor(numbers).to(getattr(torch, type)).view(torch.uint16).numpy()
+
+
+def _make_q8_0(x: np.ndarray, counts: np.ndarray | None, blocks: np.ndarray) -> None:
+    d = np.abs(x).max(0) / 127
+    x *= inverse(d)
+    whole = np.trunc(x)
+    x -= whole
+    whole += np.trunc(x + x)  # half away from zero, as C's roundf
+    blocks["qs"] = whole.astype(np.int8).T
+    blocks["d"] = d
+
+
+def _make_signed(x: np.ndarray, counts: np.ndarray | None, blocks: np.ndarray) -> None:
     """Q4_0 and Q5_0: the value furthest from zero, sign and all, becomes the lowest integer."""
     half = 16 if "qh" in blocks.dtype.names else 8
-    furthest = np.take_along_axis(rows, np.abs(rows).argmax(-1, keepdims=True), -1)
-    d = furthest / -half
-    q = np.trunc(rows * _inverse(d) + np.float32(half + 0.5)).astype(np.uint8).clip(0, 2 * half - 1)
-    blocks["d"] = d[:, 0]
-    _pack(q, blocks)
+    if counts is None:
+        d = _furthest(x) / -half
+    else:
+        d = halved(fit_signed(x, counts, half)[0])
+    x *= inverse(d)
+    x += np.float32(half + 0.5)
+    blocks["d"] = d
+    _pack(x.clip(0, 2 * half - 1, out=x).astype(np.uint8), blocks)
 
 
-def _make_ranged(rows: np.ndarray, blocks: np.ndarray) -> None:
+def _furthest(x: np.ndarray) -> np.ndarray:
+    """(values, n) -> (n,): of two equally far from zero the first."""
+    top, bottom = x.max(0), x.min(0)
+    tie = np.flatnonzero(top == -bottom)
+    far = np.where(top > -bottom, top, bottom)
+    far[tie] = x[np.abs(x[:, tie]).argmax(0), tie]
+    return far
+
+
+def _make_ranged(x: np.ndarray, counts: np.ndarray | None, blocks: np.ndarray) -> None:
     """Q4_1 and Q5_1: the range of the block in 15 or 31 steps."""
     steps = 31 if "qh" in blocks.dtype.names else 15
-    least = rows.min(-1, keepdims=True)
-    d = (rows.max(-1, keepdims=True) - least) / steps
-    q = np.trunc((rows - least) * _inverse(d) + np.float32(0.5)).astype(np.uint8).clip(0, steps)
-    blocks["d"], blocks["m"] = d[:, 0], least[:, 0]
-    _pack(q, blocks)
+    if counts is None:
+        least = x.min(0)
+        d = (x.max(0) - least) / steps
+    else:
+        d, least = (halved(a[0]) for a in fit_ranged(x, counts, steps))
+    x -= least
+    x *= inverse(d)
+    x += np.float32(0.5)
+    blocks["d"], blocks["m"] = d, least
+    _pack(x.clip(0, steps, out=x).astype(np.uint8), blocks)
+
+
+def _make_ranged_k(x: np.ndarray, counts: np.ndarray | None, blocks: np.ndarray) -> None:
+    """Q4_K and Q5_K: eight runs of 32, each with a 6-bit scale and minimum."""
+    steps = 31 if "qh" in blocks.dtype.names else 15
+    x = x.reshape(8, 32, -1)
+    w = weights(x, counts if counts is None else counts.reshape(x.shape))
+    d, m, scales, mins, q = fit_super(x, w, *fit_ranged(x, w, steps), (0, 63), (0, steps))
+    blocks["d"], blocks["m"] = d.ravel(), m.ravel()
+    scales, mins = scales[:, 0].astype(np.uint8), mins[:, 0].astype(np.uint8)  # (8, n)
+    blocks["scales"] = np.concatenate(
+        [
+            scales[:4] | scales[4:] >> 4 << 6,
+            mins[:4] | mins[4:] >> 4 << 6,
+            scales[4:] & 15 | mins[4:] << 4,
+        ]
+    ).T
+    _pack(q.astype(np.uint8).reshape(256, -1), blocks)
+
+
+def _make_q6_k(x: np.ndarray, counts: np.ndarray | None, blocks: np.ndarray) -> None:
+    """Sixteen runs of 16, each with an 8-bit scale."""
+    x = x.reshape(16, 16, -1)
+    w = weights(x, None) if counts is None else counts.reshape(x.shape)  # ggml takes x^2: 4% more error, all told
+    scale = fit_signed(x, w, 32)
+    d, _, scales, _, q = fit_super(x, w, scale, np.zeros_like(scale), (-128, 127), (-32, 31))
+    blocks["d"], blocks["scales"] = d.ravel(), scales[:, 0].T
+    q += 32
+    q = q.astype(np.uint8).reshape(256, -1)
+    blocks["qs"], blocks["qh"] = _joined(q & 15, 64, 4, 2).T, _joined(q >> 4, 32, 2, 4).T
 
 
 def _pack(q: np.ndarray, blocks: np.ndarray) -> None:
-    """q (n, 32) of 4 or 5 bits -> nibbles, values 0-15 low and 16-31 high, and the fifth bits."""
-    blocks["qs"] = q[:, :16] & 15 | q[:, 16:] << np.uint8(4)
+    """q (values, n) of 4 or 5 bits -> nibbles, and the fifth bits."""
+    blocks["qs"] = _joined(q & 15, 16 if len(q) == 32 else 32, 4, 2).T
     if "qh" in blocks.dtype.names:
-        blocks["qh"] = np.packbits(q >> np.uint8(4), axis=-1, bitorder="little")
+        blocks["qh"] = _joined(q >> 4, 1 if len(q) == 32 else 32, 1, 8).T
+
+
+def _joined(q: np.ndarray, run: int, bits: int, count: int) -> np.ndarray:
+    """The way back from `_split`: (values, n) uint8 -> (values / count, n)."""
+    parts = q.reshape(-1, count, run, q.shape[-1])
+    out = parts[:, 0].copy()
+    for i in range(1, count):
+        out |= parts[:, i] << np.uint8(bits * i)
+    return out.reshape(-1, q.shape[-1])
+
+
+MAKE: dict[str, Callable[..., Any]] = {
+    **{"F32": np.asarray, "F16": partial(_to_half, type="float16"), "BF16": partial(_to_half, type="bfloat16")},
+    **{"Q8_0": _make_q8_0, "Q4_0": _make_signed, "Q5_0": _make_signed, "Q4_1": _make_ranged, "Q5_1": _make_ranged},
+    **{"Q4_K": _make_ranged_k, "Q5_K": _make_ranged_k, "Q6_K": _make_q6_k},
+}
+MADE = tuple(MAKE)
+ANY = ("F32", "BF16")  # hold what is infinite and what is no number as well
+AT_ONCE_MADE = 1 << 16  # values: what is needed besides stays in the cache
+LEAST_IMPORTANCE = 1e-4  # of the average

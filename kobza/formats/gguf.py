@@ -2,7 +2,8 @@
 
 `read_gguf` reads versions 2 and 3, little endian, and believes nothing: each count is held against the bytes that are left before
 anything is made of it, names must be unique, tensors aligned, inside the file and apart from each other. What the numbers of a
-tensor are is ggml.py's; what the metadata means families.py's. `write_gguf` writes what `read_gguf` reads.
+tensor are is ggml.py's; what the metadata means families.py's. `write_gguf` writes what `read_gguf` reads, byte for byte as the
+`gguf` package does; `gguf_writer` does so piece by piece, for models that are larger than memory.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,37 +273,101 @@ def write_gguf(
     tensors: Mapping[str, tuple[str, tuple[int, ...], np.ndarray | bytes]],
     version: int = 3,
 ) -> None:
-    """Write a GGUF file, whole or not at all.
+    """Write a GGUF file of tensors in memory, whole or not at all.
 
     metadata: key -> (type, value): {"general.architecture": ("string", "llama"), "llama.block_count": ("uint32", 30),
         "tokenizer.ggml.tokens": ("array:string", [...])}; general.alignment, if given, is kept to
     tensors: name -> (ggml type, shape with rows first, its bytes)
     """
+    infos = {name: (type, shape) for name, (type, shape, _) in tensors.items()}
+    write_gguf_stream(path, metadata, infos, ((name, data) for name, (_, _, data) in tensors.items()), version)
+
+
+def write_gguf_stream(
+    path: Path,
+    metadata: Mapping[str, tuple[str, Any]],
+    infos: Mapping[str, tuple[str, tuple[int, ...]]],
+    parts: Iterable[tuple[str, np.ndarray | bytes]],
+    version: int = 3,
+) -> None:
+    """`write_gguf` of tensors that are made as they are written.
+
+    infos: name -> (ggml type, shape); parts: (name, next bytes of that tensor), in the order of infos
+    """
+    with gguf_writer(path, metadata, infos, version) as write:
+        for name, data in parts:
+            write(name, data)
+
+
+@contextmanager
+def gguf_writer(
+    path: Path,
+    metadata: Mapping[str, tuple[str, Any]],
+    infos: Mapping[str, tuple[str, tuple[int, ...]]],
+    version: int = 3,
+) -> Iterator[Callable[[str, np.ndarray | bytes], None]]:
+    """write(name, next bytes of that tensor) for a file that is there once the block ends well, and else is not.
+
+    The header says all sizes before the first number is known, so nothing is kept: several files can be written side by side.
+    A process that is killed leaves `.NAME.part`, which the next one writes over.
+    """
     path = Path(path)
-    alignment = metadata.get("general.alignment", ("uint32", 32))[1]
-    head = [MAGIC, _I.pack(version), _Q.pack(len(tensors)), _Q.pack(len(metadata))]
-    head += [_packed("string", key) + _entry(key, type, value) for key, (type, value) in metadata.items()]
-    numbers = {name: number for number, name in TYPES.items()}
-    offset = 0
-    for name, (type, shape, data) in tensors.items():
-        values, size = BLOCKS[type]
-        n_bytes = len(memoryview(data).cast("B"))
-        assert len(name.encode()) <= MAX_NAME and len(shape) <= MAX_DIMS, f"{name!r} {shape}"
-        assert n_bytes == math.prod(shape) // values * size, f"{name}: {type} {shape} does not take {n_bytes} bytes"
-        dims = struct.pack(f"<{len(shape)}Q", *shape[::-1])
-        head += [_packed("string", name), _I.pack(len(shape)), dims, _I.pack(numbers[type]), _Q.pack(offset)]
-        offset += -(-n_bytes // alignment) * alignment
-    whole = b"".join(head)
-    part = path.with_name(path.name + ".part")
+    head, left, alignment = _head(metadata, infos, version)
+    total = len(head) + sum(left.values())
+    part = path.with_name(f".{path.name}.part")
+
+    def write(name: str, data: np.ndarray | bytes) -> None:
+        raw = memoryview(data).cast("B")
+        turn = next(iter(left), "the end")
+        assert name == turn and len(raw) <= left[name], f"{len(raw)} bytes of {name}; {left.get(turn)} of {turn} follow"
+        file.write(raw)
+        left[name] -= len(raw)
+        if not left[name]:
+            del left[name]
+            file.write(bytes(-file.tell() % alignment))
+
     try:
         with part.open("wb") as file:
-            file.write(whole + bytes(-len(whole) % alignment))
-            for _, _, data in tensors.values():
-                file.write(memoryview(data).cast("B"))
-                file.write(bytes(-file.tell() % alignment))
+            file.write(head)
+            yield write
+            assert not left, f"never written: {list(left)[:3]}"
+            file.flush()
+            os.fsync(file.fileno())  # or after a power cut the name might stand for nothing
         part.replace(path)
+    except OSError as error:
+        raise _not_written(path, total, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
+
+
+def _head(
+    metadata: Mapping[str, tuple[str, Any]], infos: Mapping[str, tuple[str, tuple[int, ...]]], version: int
+) -> tuple[bytes, dict[str, int], int]:
+    """All that stands before the tensors, padded; the bytes of each tensor; the alignment."""
+    alignment = metadata.get("general.alignment", ("uint32", 32))[1]
+    head = [MAGIC, _I.pack(version), _Q.pack(len(infos)), _Q.pack(len(metadata))]
+    head += [_packed("string", key) + _entry(key, type, value) for key, (type, value) in metadata.items()]
+    numbers = {name: number for number, name in TYPES.items()}
+    sizes, offset = {}, 0
+    for name, (type, shape) in infos.items():
+        values, size = BLOCKS[type]
+        assert len(name.encode()) <= MAX_NAME and len(shape) <= MAX_DIMS, f"{name!r} {shape}"
+        sizes[name] = math.prod(shape) // values * size
+        assert sizes[name] > 0, f"{name!r} {type} {shape} has no block"
+        dims = struct.pack(f"<{len(shape)}Q", *shape[::-1])
+        head += [_packed("string", name), _I.pack(len(shape)), dims, _I.pack(numbers[type]), _Q.pack(offset)]
+        offset += -(-sizes[name] // alignment) * alignment
+    whole = b"".join(head)
+    return whole + bytes(-len(whole) % alignment), sizes, alignment
+
+
+def _not_written(path: Path, total: int, error: OSError) -> InputError:
+    """The one line for a full disk, a folder that is not there or may not be written to."""
+    folder = path.parent
+    room = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free" if folder.is_dir() else f"{folder} is no folder"
+    what = f"{path}: cannot be written ({error.strerror or error}): it takes {total / 1e6:,.1f} MB and {room}"
+    return InputError(f"{what}; nothing half-written is left; make room or name another place")
 
 
 def typed(gguf: Gguf) -> dict[str, tuple[str, Any]]:

@@ -269,10 +269,16 @@ class _Parser:
         return Fields(inner, path)
 
     def unquoted(self, text: str) -> str:
+        def escape(found: re.Match[str]) -> str:
+            number, mark = found[1], found[2]
+            if number:
+                return json.dumps(chr(int(number, 16)))[1:-1]
+            return found[0] if mark in '"\\/bfnrtu' else "\\\\" + mark
+
         try:
             # escapes two characters at a time: in "\\ x" the second backslash begins none
-            return json.loads(re.sub(r"\\(.)", lambda m: m[0] if m[1] in '"\\/bfnrtu' else "\\\\" + m[1], text))
-        except ValueError:
+            return json.loads(re.sub(r"\\(?:U([0-9a-fA-F]{8})|(.))", escape, text))
+        except (ValueError, OverflowError):
             raise self.fail(f"not a string: {text[:40]}") from None
 
 
@@ -697,7 +703,11 @@ def read_modelfile(path: Path) -> Modelfile:
 
 
 def parse_modelfile(text: str, name: str = "Modelfile") -> Modelfile:
-    """parse_modelfile('FROM x.gguf\\nPARAMETER stop "<|im_end|>"').stops -> ["<|im_end|>"]"""
+    """parse_modelfile('FROM x.gguf\\nPARAMETER stop "<|im_end|>"').stops -> ["<|im_end|>"]
+
+    What is not printable is lost, as Ollama loses it: the joiner in an emoji, a space that does not break.
+    """
+    text = "".join(c for c in text if c.isprintable() or c in "\t\r\n")
     made: dict[str, Any] = {"parameters": {}, "messages": [], "lines": {}}
     for line, command, value in _commands(text, name):
         made["lines"].setdefault(command, line)

@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 
 from kobza.config import InputError, ModelConfig, require
-from kobza.formats.families import (
+from kobza.formats.families import config_from_hf, layout_of, shown
+from kobza.formats.gguf_families import config_from_gguf
+from kobza.formats.headers import TensorInfo, find_tensors, inside, read_json
+from kobza.formats.layouts import (
     Layout,
     Slot,
-    config_from_gguf,
-    config_from_hf,
     head_names,
+    is_linear_bias,
     layout_by_names,
-    layout_of,
     prefix_of,
     shapes,
-    shown,
     slots,
 )
-from kobza.formats.headers import TensorInfo, find_tensors, inside, read_json
 from kobza.formats.weights import Shape, check_slots, taken
 from kobza.model import GPT
 
@@ -107,6 +106,8 @@ def fill(
         for slot in wanted:
             for name, part in taken(table, slot, read(slot.theirs)):
                 parameters.pop(name).copy_(part)
+        for name in [name for name in parameters if is_linear_bias(name)]:  # left out of the file
+            parameters.pop(name).zero_()
     assert not parameters, f"never filled: {list(parameters)}"
     return model
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kobza.config import InputError, ModelConfig, require
-from kobza.formats.families import GPT2, shapes, shown, slots
+from kobza.formats.families import shown
+from kobza.formats.layouts import GPT2, shapes, slots
 from kobza.formats.weights import gathered, to_halves
 
 SAFE_WAY = "load it where you trust it and save its state_dict with safetensors.torch.save_file"

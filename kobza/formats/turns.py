@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from kobza.formats.template import ChatTemplate
 
 ROLES = ("system", "user", "assistant")
 Pair = tuple[str, str]  # what stands before and behind
+Messages = list[dict[str, str]]
 PLACEHOLDER = re.compile(r"\{(SYSTEM|USER|ASSISTANT|INPUT|OUTPUT)\}")
 ALIASES = {"INPUT": "USER", "OUTPUT": "ASSISTANT"}
 
@@ -116,9 +117,13 @@ class Turns:
             closing=_quoted(self.closing),
         )
 
-    def go(self) -> str:
-        """The source of Ollama's TEMPLATE. Ollama itself puts `bos` before it, never asks for less than an answer (no `closing`),
-        and cannot trim or refuse: words of `trims` must come trimmed, and a system that is not known is left out."""
+    def go(self, added: str | None = None) -> str:
+        """The source of Ollama's TEMPLATE. Ollama never asks for less than an answer (no `closing`), and cannot trim or refuse:
+        words of `trims` must come trimmed, and a system that is not known is left out.
+
+        added: the token that whoever runs it puts before a text himself; None: `bos`. It is written once.
+        """
+        start, user, again = self._less(self.bos if added is None else added)
         first, default = 'eq (index $.Messages 0).Role "system"', _write(self._lead(self.default))
         lead = ""
         if self.system is not None:
@@ -127,11 +132,21 @@ class Turns:
             otherwise = f"{{{{ {absent} }}}}{default}" if default else ""
             lead = f"{{{{ if {found} }}}}{given}{otherwise}{{{{ end }}}}"
         return _GO.format(
-            lead="" if self.inside else lead,
-            user=_write(self.user[0]) + (lead if self.inside else "") + "{{ .Content }}" + _write(self.user[1]),
+            lead=_write(start) + ("" if self.inside else lead),
+            user=again + _write(user) + (lead if self.inside else "") + "{{ .Content }}" + _write(self.user[1]),
             assistant=_write(self.assistant[0]) + "{{ .Content }}" + _write(self.assistant[1]),
             ask=_write(self.asks),
         ).lstrip("\n")
+
+    def _less(self, added: str) -> tuple[str, str, str]:
+        """What begins a text, what begins a user's turn, and what is to be written before it in all turns but the first, when
+        `added` stands before the text already. Llama 2 begins every turn by <s>."""
+        if self.bos.startswith(added):
+            return self.bos[len(added) :], self.user[0], ""
+        plain = not self.bos and (self.inside or self.system is None) and self.user[0].startswith(added)
+        twice = f"{self.name}: begins a text with {(self.bos or self.user[0])[:40]!r}, and what runs it puts {added!r} before"
+        require(plain, f"{twice}; no Go form has one without the other")
+        return "", self.user[0][len(added) :], f"{{{{ if gt $i 1 }}}}{_write(added)}{{{{ end }}}}"
 
 
 _JINJA = """\
@@ -175,8 +190,10 @@ def _sum(*parts: str) -> str:
 
 
 def _write(text: str) -> str:
-    """A Go action that writes a text; the trim marks around reach no further than its quotes."""
-    return f"{{{{ {_quoted(text)} }}}}" if text else ""
+    """A Go action that writes a text; the trim marks around reach no further than its quotes. What is not printable goes by its
+    number, since a Modelfile loses it: the joiner in an emoji, a space that does not break."""
+    shown = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in _quoted(text))
+    return f"{{{{ {shown} }}}}" if text else ""
 
 
 # ---- from an example -------------------------------------------------------------------------------------------------
@@ -251,10 +268,18 @@ N_CONVERSATIONS = 40
 DAYS = ("2001-02-03T04:05:06", "2034-11-12T13:14:15")
 
 
+class Unlike(InputError):
+    """A template does more than turns: the messages that show it, with nothing in them that could be left out."""
+
+    def __init__(self, said: str, messages: Messages):
+        super().__init__(said)
+        self.messages = messages
+
+
 def turns_of(template: ChatTemplate) -> Turns | None:
     """The definition that writes what a template writes, None where the template does more; `why_not` then tells."""
     try:
-        return _explained(template)
+        return explained(template)
     except InputError:
         return None
 
@@ -262,26 +287,30 @@ def turns_of(template: ChatTemplate) -> Turns | None:
 def why_not(template: ChatTemplate) -> str:
     """What of a template no definition by turns writes, in a line; "" where one does."""
     try:
-        _explained(template)
+        explained(template)
     except InputError as error:
         return str(error)
     return ""
 
 
-def _explained(template: ChatTemplate) -> Turns:
-    """The definition, found and tried; InputError where there is none."""
-    fixed = bool(template.now) or len({replace(template, now=day).render(_messages(U[0])) for day in DAYS}) == 1
-    require(fixed, f"{template.name}: tells the date")
-    turns = _probed(template)
-    _try_out(template, turns)
+def explained(template: ChatTemplate) -> Turns:
+    """The definition, found and tried; Unlike where there is none, another InputError where the template fails."""
+    turns = probed(template)
+    check_alike(template, turns.render, "by turns it were", conversations(turns.system is not None), False, True)
     return turns
 
 
-def _messages(*words: str) -> list[dict[str, str]]:
+def _messages(*words: str) -> Messages:
     """Words as a conversation: the system's first if they are S, then user and assistant in turn."""
     n_system = int(words[0] == S)
     roles = [*ROLES[:1] * n_system, *ROLES[1:] * len(words)]
     return [{"role": role, "content": said} for role, said in zip(roles, words, strict=False)]
+
+
+def _alike(ok: bool, said: str, *words: str) -> None:
+    """Raise Unlike unless `ok`."""
+    if not ok:
+        raise Unlike(said, _messages(*words))
 
 
 def _between(text: str, words: Sequence[str]) -> list[str]:
@@ -290,32 +319,36 @@ def _between(text: str, words: Sequence[str]) -> list[str]:
     return parts if re.findall("|".join(map(re.escape, words)), text) == list(words) else []
 
 
-def _probed(template: ChatTemplate) -> Turns:
-    """The definition that the simplest conversations show."""
+def probed(template: ChatTemplate) -> Turns:
+    """The definition that the simplest conversations show, not tried on others."""
+    fixed = bool(template.now) or len({replace(template, now=day).render(_messages(U[0])) for day in DAYS}) == 1
+    _alike(fixed, "it tells the date", U[0])
     words = [U[0], A[0], U[1], A[1]]
     plain = template.render(_messages(*words))
     shown = _between(plain, words)
-    require(bool(shown) and shown[1] == shown[3], f"two turns are written {plain[:200]!r}")
+    _alike(bool(shown) and shown[1] == shown[3], f"two turns are written {plain[:200]!r}", *words)
     head, ask, gap, _, tail = shown
     common = len(_common(gap, tail))
     behind = tail if common == len(tail) else re.sub(r"(<[^<>]*|\[[^\[\]]*)$", "", tail[:common])  # no half token
     end = _first_special(behind, (template.eos, *re.findall(r"<[^<>]+>|\[[^\[\]]+\[?", behind)))
-    require(bool(end), f"{behind[:80]!r} stands behind an answer, which is no token")
+    _alike(bool(end), f"{behind[:80]!r} stands behind an answer, which is no token", *words)
     user, closing = gap[len(behind) :], tail[len(behind) :]
     single = template.render(_messages(U[0])).removeprefix(head + U[0]).removesuffix(closing)
-    require(ask.startswith(single), f"behind a question stands {single[:80]!r}, and {ask[:80]!r} with an answer to it")
+    known = f"behind a question stands {single[:80]!r}, and {ask[:80]!r} with an answer to it"
+    _alike(ask.startswith(single), known, U[0], A[0])
     asked, question = template.render(_messages(U[0]), True), head + U[0] + single
-    require(asked.startswith(question), f"a question that asks for an answer ends {asked[-80:]!r}")
+    _alike(asked.startswith(question), f"a question that asks for an answer ends {asked[-80:]!r}", U[0])
     before, asking = ask[len(single) :], asked.removeprefix(question)
-    knows = _knows_system(template)
-    require(knows or head.endswith(user), f"the first question begins {head[:80]!r}, and others {user[:80]!r}")
+    knows = knows_system(template)
+    first = f"the first question begins {head[:80]!r}, and others {user[:80]!r}"
+    _alike(knows or head.endswith(user), first, U[0], A[0], U[1])
     return Turns(
         (user, single),
         (before, behind),
         end,
         asking=None if asking == before else asking,
         closing=closing,
-        trims=tuple(role for role in ROLES if _trims(template, role)),
+        trims=tuple(role for role in ROLES if trims(template, role)),
         name=template.name,
         **(_probed_system(template, head, user) if knows else {"bos": head.removesuffix(user)}),
     )
@@ -329,16 +362,17 @@ def _probed_system(template: ChatTemplate, head: str, user: str) -> dict[str, An
     bos, default = head.removesuffix(user), None
     if not head.endswith(user) or not start.startswith(bos + (user if inside else "")):
         around = head.startswith(start) and head.endswith(behind) and len(head) >= len(start) + len(behind)
-        require(around, f"the first question begins {head[:80]!r} without a system, {start[:80]!r} with one")
+        _alike(around, f"the first question begins {head[:80]!r} without a system, {start[:80]!r} with one", S, U[0])
         default = head[len(start) : len(head) - len(behind)]
-        bos = template.bos if start.startswith(template.bos + (user if inside else "")) else ""
+        alone = not user.startswith(template.bos)  # SmolLM2's begins every turn
+        bos = template.bos if alone and start.startswith(template.bos + (user if inside else "")) else ""
     opening = bos + (user if inside else "")
-    require(start.startswith(opening), f"a system's words stand behind {start[:80]!r}")
+    _alike(start.startswith(opening), f"a system's words stand behind {start[:80]!r}", S, U[0])
     system = (start.removeprefix(opening), behind if inside else behind.removesuffix(user))
     return {"system": system, "inside": inside, "default": default, "bos": bos}
 
 
-def _knows_system(template: ChatTemplate) -> bool:
+def knows_system(template: ChatTemplate) -> bool:
     """Whether a system's words are written; a template may refuse them."""
     try:
         return S in template.render(_messages(S, U[0]))
@@ -346,7 +380,7 @@ def _knows_system(template: ChatTemplate) -> bool:
         return False
 
 
-def _trims(template: ChatTemplate, role: str) -> bool:
+def trims(template: ChatTemplate, role: str) -> bool:
     """Whether a role's words lose the white space around them."""
     words = {"system": S, "user": U[0], "assistant": A[0]}
     messages = _messages(*[S] * (role == "system"), U[0], A[0], U[1])
@@ -357,21 +391,75 @@ def _trims(template: ChatTemplate, role: str) -> bool:
         return False
 
 
-def _try_out(template: ChatTemplate, turns: Turns) -> None:
-    """InputError with a conversation that the definition writes otherwise than the template does, where one is found."""
+def conversations(system: bool, trimmed: Collection[str] = ()) -> Iterator[Messages]:
+    """Conversations as odd as users make them, the same ones each time; those of `trimmed` roles without white space around."""
     rng = random.Random(0)
     for i in range(N_CONVERSATIONS):
-        messages = _messages(
-            *["".join(rng.choices(PIECES, k=rng.randint(1, 4))) + "." for _ in range(rng.randint(1, 6))]
-        )
-        if turns.system is not None and i % 2:
+        said = ["".join(rng.choices(PIECES, k=rng.randint(1, 4))) + "." for _ in range(rng.randint(1, 6))]
+        messages = _messages(*said)
+        if system and i % 2:
             messages = [{"role": "system", "content": rng.choice(PIECES) + "s"}, *messages]
-        asks = messages[-1]["role"] == "user" and i % 4 < 3
-        theirs, ours = template.render(messages, asks), turns.render(messages, asks)
+        yield [m | {"content": m["content"].strip()} if m["role"] in trimmed else m for m in messages]
+
+
+Render = Callable[[Messages, bool], str]
+
+
+def check_alike(template: ChatTemplate, other: Render, says: str, talks: Iterable[Messages], *ways: bool) -> None:
+    """Raise Unlike with the shortest conversation that another way to render writes otherwise, where one is found.
+
+    says: what leads in the other's text; ways: whether an answer is asked for, one after the other.
+    """
+
+    def unlike(messages: Messages) -> tuple[str, str] | None:
+        for asks in ways:
+            if messages[-1]["role"] == "user" or not asks:
+                theirs, ours = template.render(messages, asks), other(messages, asks)
+                if theirs != ours:
+                    return theirs, ours
+        return None
+
+    for messages in talks:
+        if unlike(messages) is None:
+            continue
+        messages = shortest(messages, unlike)
+        theirs, ours = unlike(messages) or ("", "")
         place = max(len(_common(theirs, ours)) - 20, 0)
         where = f"{len(messages)} messages, the last {messages[-1]['content'][:40]!r}"
-        parts = f"it writes {theirs[place : place + 80]!r}, by turns it were {ours[place : place + 80]!r}"
-        require(theirs == ours, f"{where}: {parts}")
+        parts = f"it writes {theirs[place : place + 80]!r}, {says} {ours[place : place + 80]!r}"
+        raise Unlike(f"{where}: {parts}", messages)
+
+
+def shortest(messages: Messages, unlike: Callable[[Messages], Any]) -> Messages:
+    """A conversation with messages left out and words cut while it stays unlike; what cannot be rendered is no difference."""
+
+    def stays(messages: Messages) -> bool:
+        try:
+            return bool(unlike(messages))
+        except InputError:
+            return False
+
+    while (less := next(filter(stays, _shorter(messages)), None)) is not None:
+        messages = less
+    return messages
+
+
+def _shorter(messages: Messages) -> Iterator[Messages]:
+    """A conversation less some of its messages, or with fewer words in one; the shortest first."""
+    lead = messages[:1] if messages[0]["role"] == "system" else []
+    rest = messages[len(lead) :]
+    for start in range(len(rest) - 1, 0, -1):
+        if rest[start]["role"] == "user":
+            yield lead + rest[start:]
+    for stop in range(1, len(rest)):
+        yield lead + rest[:stop]
+    if lead:
+        yield rest
+    for i, message in enumerate(messages):
+        words = message["content"]
+        for less in ("x", words[: len(words) // 2], words[len(words) // 2 :], words[1:], words[:-1]):
+            if 0 < len(less) < len(words):
+                yield [*messages[:i], message | {"content": less}, *messages[i + 1 :]]
 
 
 def _common(a: str, b: str) -> str:

@@ -1,31 +1,34 @@
-"""Weights between other people's files and ours, along the slots of families.py: split, transpose, permute, shift, and back.
+"""Weights between other people's files and ours, along the slots of layouts.py: split, transpose, permute, shift, and back.
 
 All work in whatever dtype comes in; views where nothing has to be reordered. Gradients go the same way as weights (but for the
-shift of Gemma's norms in GGUF, which a gradient does not have). load.py streams the same steps into a model tensor by tensor.
+shift of norms, which a gradient does not have). load.py streams the same steps into a model tensor by tensor, and out of one a
+`Piece` is made when it is asked for, so that a file of any size takes the memory of its largest tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kobza.config import ModelConfig, require
-from kobza.formats.families import (
-    Slot,
-    config_from_hf,
-    family_of,
-    layout_by_names,
-    layout_of,
-    prefix_of,
-    shapes,
-    slots,
-    text_part,
-)
+from kobza.formats.families import config_from_hf, family_of, layout_of, text_part
+from kobza.formats.gguf_families import gguf_target, llama3_slowdown
+from kobza.formats.layouts import Layout, Slot, is_linear_bias, layout_by_names, prefix_of, shapes, slots
 
 Shape = tuple[int, ...]
+Read = Callable[[str], Tensor]
+
+
+class Piece(NamedTuple):
+    """A tensor of a file to be, made when it is asked for."""
+
+    name: str
+    shape: Shape
+    make: Callable[[], Tensor]
 
 
 def from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,36 +39,62 @@ def from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 def from_gguf(config: ModelConfig, arch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The (dequantised) tensors of a GGUF file under our names."""
-    return gathered(config, slots(config, layout_of(arch, gguf=True)), tensors)
+    return gathered(config, slots(config, layout_of(arch, gguf=True), names=tensors.keys()), tensors)
 
 
 def to_hf(config: ModelConfig, hf_config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors as the file that `config_to_hf(config)` describes. Rows of padding are cut off; weights that theirs has and
-    ours has not are filled with what changes nothing."""
-    text = text_part(hf_config)
-    layout, target = family_of(text)[1].layout, config_from_hf(hf_config)
-    return put(config, target, slots(target, layout), tensors)
+    """Our tensors as the file that `config_to_hf(config)` describes."""
+    return {p.name: p.make() for p in hf_pieces(config, hf_config, tensors.__getitem__, tensors)}
 
 
 def to_gguf(config: ModelConfig, arch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under the names and in the order of a GGUF file, matrices (out, in) as in numpy."""
-    return put(config, config, slots(config, layout_of(arch, gguf=True)), tensors)
+    return {p.name: p.make() for p in gguf_pieces(config, arch, tensors.__getitem__, tensors)}
 
 
-def put(
-    config: ModelConfig, target: ModelConfig, wanted: list[Slot], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Our tensors in the slots of a target that computes the same."""
-    sizes, found = shapes(target), {}
-    some = next(iter(tensors.values()))
-    for slot in wanted:
-        parts = [tensors[n] if n in tensors else neutral(n, sizes[n], target, some) for n in slot.ours]
-        cut = [part[: sizes[name][0]] for name, part in zip(slot.ours, parts, strict=True)]
-        found[slot.theirs] = joined(slot, cut)
-    lost = set(tensors) - {name for slot in wanted for name in slot.ours}
+def hf_pieces(config: ModelConfig, hf_config: Mapping[str, Any], read: Read, names: Collection[str]) -> Iterator[Piece]:
+    """The tensors of the file that `config_to_hf(config)` describes, in its order. read: a weight of ours by a name of `names`.
+
+    Rows of padding are cut off; weights that theirs has and ours has not are filled with what changes nothing."""
+    return _pieces(config, config_from_hf(hf_config), family_of(text_part(hf_config))[1].layout, read, names)
+
+
+def gguf_pieces(config: ModelConfig, arch: str, read: Read, names: Collection[str]) -> Iterator[Piece]:
+    """The tensors of a GGUF file in its order, likewise; at the end Llama 3's divisors of the rotary frequencies."""
+    yield from _pieces(config, gguf_target(config, arch), layout_of(arch, gguf=True), read, names)
+    if config.rope_scaling == "llama3":
+        slowed = llama3_slowdown(config)
+        yield Piece("rope_freqs.weight", (len(slowed),), lambda: torch.tensor(slowed, dtype=torch.float32))
+
+
+def _pieces(
+    config: ModelConfig, target: ModelConfig, layout: Layout, read: Read, names: Collection[str]
+) -> Iterator[Piece]:
+    """Our weights in the slots of a target that computes the same."""
+    bare = layout.loose and not (config.bias or config.qkv_bias)
+    wanted = [slot for slot in slots(target, layout) if not (bare and is_linear_bias(slot.ours[0]))]
+    lost = set(names) - {name for slot in wanted for name in slot.ours}
     lost = {name for name in lost if not name.startswith("ahead.")}  # heads of training
     require(not lost, f"no place for {', '.join(sorted(lost)[:3])} in the other format")
-    return found
+    table = shapes(target)
+    for slot in wanted:
+        yield Piece(slot.theirs, stored_shape(table, slot), partial(_made, slot, config, target, table, read, names))
+
+
+def _made(
+    slot: Slot, config: ModelConfig, target: ModelConfig, sizes: Mapping[str, Shape], read: Read, names: Collection[str]
+) -> Tensor:
+    """A slot filled with ours; a head that is tied in ours and not in theirs is the table."""
+
+    def part(name: str) -> Tensor:
+        source = "embed.weight" if name == "lm_head.weight" and config.tied else name
+        if source in names:
+            return read(source)[: sizes[name][0]]
+        return neutral(name, sizes[name], target, read("embed.weight"))
+
+    stored = slot.ours[0] in names and slot.ours[0].endswith("norm.weight")
+    offset = float(config.norm_offset) - float(target.norm_offset) if stored else 0.0
+    return joined(slot._replace(shift=slot.shift + offset), [part(name) for name in slot.ours])
 
 
 def neutral(name: str, shape: Shape, target: ModelConfig, like: Tensor) -> Tensor:
@@ -76,23 +105,30 @@ def neutral(name: str, shape: Shape, target: ModelConfig, like: Tensor) -> Tenso
 
 
 def gathered(config: ModelConfig, wanted: list[Slot], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of ours out of the slots."""
+    """All of ours out of the slots; biases that the file leaves out are 0."""
     table, infos = shapes(config), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_slots(table, wanted, infos)
-    return {name: part for slot in wanted for name, part in taken(table, slot, tensors[slot.theirs])}
+    found = {name: part for slot in wanted for name, part in taken(table, slot, tensors[slot.theirs])}
+    some = found["embed.weight"]
+    left_out = [name for name in table if name not in found and is_linear_bias(name)]
+    return found | {name: neutral(name, table[name], config, some) for name in left_out}
 
 
 def check_slots(table: Mapping[str, Shape], wanted: list[Slot], stored: Mapping[str, Shape]) -> None:
     """Refuse a file in which a tensor is missing or of another shape than the config makes it, before anything is loaded."""
     for slot in wanted:
-        theirs = slot.theirs
+        theirs, shape = slot.theirs, stored_shape(table, slot)
         require(theirs in stored, f"tensor {theirs} is not among the file's {len(stored)}; the config asks for it")
-        parts = [table[name] for name in slot.ours]
-        shape: Shape = (sum(part[0] for part in parts), *parts[0][1:])
-        shape = tuple(reversed(shape)) if slot.transposed else shape
         require(
             stored[theirs] == shape, f"tensor {theirs} is {list(stored[theirs])}; the config makes it {list(shape)}"
         )
+
+
+def stored_shape(table: Mapping[str, Shape], slot: Slot) -> Shape:
+    """The shape in the file of what a slot holds."""
+    parts = [table[name] for name in slot.ours]
+    shape: Shape = (sum(part[0] for part in parts), *parts[0][1:])
+    return tuple(reversed(shape)) if slot.transposed else shape
 
 
 def taken(table: Mapping[str, Shape], slot: Slot, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +143,8 @@ def joined(slot: Slot, parts: list[Tensor]) -> Tensor:
     """Ours as theirs: the inverse of `taken`."""
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
     tensor = to_pairs(tensor, slot.n_heads) if slot.n_heads else tensor
-    tensor = tensor + slot.shift if slot.shift else tensor
+    if slot.shift:  # 1 + w keeps few bits of w in half precision
+        tensor = (tensor if tensor.dtype == torch.float64 else tensor.float()) + slot.shift
     return tensor.T.contiguous() if slot.transposed else tensor.contiguous()
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kobza.config import LEARNED, InputError, nearest, require
+from kobza.formats.merges import merges
 from kobza.hub.cache import default_cache, sha256, write_whole
-from kobza.hub.merges import merges
 from kobza.hub.spm import from_model
 from kobza.hub.wheel import Unavailable, Wheel, download
 from kobza.tokenizer import (

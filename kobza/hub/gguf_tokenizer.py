@@ -1,9 +1,10 @@
 """The vocabulary in a .gguf's metadata -> the text of a tokenizer.json with the same ids.
 
 A GGUF keeps the tokens, their kinds, and for byte-level BPE the merges and the NAME of the pattern that first parts a text
-(`tokenizer.ggml.pre`); the pattern itself stands in llama.cpp. `SPLITS` has those that kobza reads; an unknown name is refused,
-as another pattern would give other ids without a word. SentencePiece vocabularies (`llama`) come with scores instead of merges:
-they are converted as spm.py does it.
+(`tokenizer.ggml.pre`); the pattern itself stands in llama.cpp. formats/splits.py has those that kobza reads; an unknown name is
+refused, as another pattern would give other ids without a word. SentencePiece vocabularies (`llama`) come with scores instead of
+merges: they are converted as spm.py does it. What kobza itself writes of characters and bytes (formats/gguf_tokens.py, and
+`rwkv`) becomes such a tokenizer again.
 """
 
 from __future__ import annotations
@@ -11,41 +12,32 @@ from __future__ import annotations
 from typing import Any
 
 from kobza.config import nearest, require
+from kobza.formats.gguf_tokens import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    characters_of_tokens,
+    unescaped,
+)
+from kobza.formats.merges import merges
+from kobza.formats.splits import BEGINS, COMPOSED, SPLITS, WHOLE, split
 from kobza.hub.encodings import O200K_SPLIT
-from kobza.hub.merges import merges
 from kobza.hub.spm import decoder, normalized
-from kobza.tokenizer import BYTE_LEVEL, tokenizer_json
+from kobza.tokenizer import BYTE_LEVEL, ByteTokenizer, CharTokenizer, tokenizer_json
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 MOST = 2_000_000  # tokens, and merges
 
-# The patterns of llama.cpp (llama-vocab.cpp, llm_tokenizer_bpe) in the `tokenizers` library's dialect. They apply one after the
-# other, each to what the one before has parted; a text between two matches is a part too.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-LLAMA3 = ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
-SPLITS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), (GPT2,)),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", GPT2)
-    ),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (LLAMA3,)),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), (QWEN2,)),
-    **dict.fromkeys(("gpt-4o", "llama4"), (O200K_SPLIT,)),
-    "default": (PUNCTUATION, GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),  # where the file names none
-}
-WHOLE = ("llama-bpe", "llama3", "llama-v3", "falcon3", "gpt-4o", "llama4")  # a part that is a token is taken as it is
-BEGINS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a text begins with bos even where no flag says so
-COMPOSED = ("qwen2", "deepseek-r1-qwen")  # trained on NFC, which the released tokenizer applies and llama.cpp does not
+CASED = ("gpt-4o", "llama4", "kanana2")  # llama.cpp's pattern comes near the one these were trained with
 
 
 def tokenizer_text(metadata: dict[str, Any]) -> str:
     """The text of the tokenizer.json that the metadata of a .gguf amount to."""
     kind = metadata.get("tokenizer.ggml.model")
     require(kind is not None, "the file has no vocabulary (tokenizer.ggml.model); give one with --tokenizer")
-    readers = {"gpt2": _byte_level, "llama": _sentencepiece}
+    readers = {"gpt2": _byte_level, "llama": _sentencepiece, "rwkv": _ascii}
     known = ", ".join(readers)
     require(kind in readers, f"tokenizer.ggml.model is {kind!r}; kobza reads {known}; give another with --tokenizer")
     tokens = _array(metadata, "tokens", str)
@@ -56,6 +48,10 @@ def tokenizer_text(metadata: dict[str, Any]) -> str:
         i = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(i, int) and "tokenizer.ggml.token_type" not in metadata and 0 <= i < len(tokens):
             kinds[i] = CONTROL
+    n = len(tokens)
+    while n and kinds[n - 1] == UNUSED and tokens[n - 1] == f"[PAD{n - 1}]":  # a row without a token
+        n -= 1
+    tokens, kinds = tokens[:n], kinds[:n]
     specials = {token: i for i, token in enumerate(tokens) if kinds[i] in (CONTROL, UNKNOWN)}
     own = {token: i for i, token in enumerate(tokens) if kinds[i] == USER_DEFINED}
     return readers[kind](metadata, tokens, kinds, specials, own)
@@ -64,17 +60,25 @@ def tokenizer_text(metadata: dict[str, Any]) -> str:
 def _byte_level(
     metadata: dict[str, Any], tokens: list[str], kinds: list[int], specials: dict[str, int], own: dict[str, int]
 ) -> str:
-    """Byte-level BPE, as GPT-2's."""
+    """Byte-level BPE, as GPT-2's, or characters or bytes in its form."""
     pre = metadata.get("tokenizer.ggml.pre", "default")
     known = isinstance(pre, str) and pre in SPLITS
     hint = nearest(str(pre), sorted(SPLITS))
     require(known, f"tokenizer.ggml.pre is {pre!r}, a pattern that kobza does not know{hint}; give a --tokenizer")
     joined = _array(metadata, "merges", str)
-    vocab = {token: i for i, token in enumerate(tokens)}
+    n = len(tokens) - len(specials)
+    if list(specials.values()) == [*range(n, len(tokens))]:
+        single = characters_of_tokens(tokens[:n], kinds[:n], joined)
+        if single is not None:
+            characters, spelled = single
+            unknown = "bytes" if spelled else "error"
+            bare = spelled and not characters
+            return (ByteTokenizer([*specials]) if bare else CharTokenizer(characters, unknown, [*specials])).to_json()
+    vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED or token != f"[PAD{i}]"}
     bad = next((pair for pair in joined if any(part not in vocab for part in _parts(pair))), None)
     require(bad is None, f"the merge {bad!r} joins what are no tokens: the file is damaged")
-    model = {"type": "BPE", "vocab": vocab, "merges": joined, "ignore_merges": pre in WHOLE}
-    steps = [_split(pattern) for pattern in SPLITS[pre]]
+    model = {"type": "BPE", "vocab": vocab, "merges": joined, "ignore_merges": pre in WHOLE + CASED}
+    steps = [split(pattern) for pattern in ((O200K_SPLIT,) if pre in CASED else SPLITS[pre])]
     around = {
         "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL]},
@@ -90,8 +94,14 @@ def _parts(pair: str) -> list[str]:
     return [left, right, left + right]
 
 
-def _split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+def _ascii(
+    metadata: dict[str, Any], tokens: list[str], kinds: list[int], specials: dict[str, int], own: dict[str, int]
+) -> str:
+    """ASCII characters, of those kinds that llama.cpp keeps as bytes; the big vocabularies of RWKV's models are not for us."""
+    characters = [unescaped(token) for token in tokens]
+    why = "tokenizer.ggml.model is 'rwkv' of more than single characters; give another with --tokenizer"
+    require(all(characters), why)
+    return CharTokenizer("".join(characters)).to_json()
 
 
 def _sentencepiece(
@@ -101,10 +111,10 @@ def _sentencepiece(
     scores = _array(metadata, "scores", float)
     same = len(scores) == len(tokens)
     require(same, f"{len(scores):,} scores for {len(tokens):,} tokens: the file is damaged; give a --tokenizer")
-    normal = [i for i, kind in enumerate(kinds) if kind == NORMAL]
-    ranked = sorted(normal, key=lambda i: -scores[i])
-    joined = merges([tokens[i] for i in ranked], {tokens[i] for i in normal})
-    vocab = {token: i for i, token in enumerate(tokens)}
+    joins = [i for i, kind in enumerate(kinds) if kind in (NORMAL, USER_DEFINED)]
+    ranked = sorted(joins, key=lambda i: -scores[i])
+    joined = merges([tokens[i] for i in ranked], {tokens[i] for i in joins})
+    vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED or token != f"[PAD{i}]"}
     model = {"type": "BPE", "vocab": vocab, "merges": joined, "fuse_unk": True, "byte_fallback": BYTE in kinds}
     i = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     require(isinstance(i, int) and 0 <= i < len(tokens), f"unknown_token_id is {i!r} of {len(tokens):,} tokens")

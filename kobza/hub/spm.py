@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kobza.config import InputError, require
-from kobza.hub.merges import merges
+from kobza.formats.merges import merges
 from kobza.tokenizer import LibraryTokenizer, tokenizer_json
 
 SPACE = "▁"  # U+2581, SentencePiece's stand-in for a space

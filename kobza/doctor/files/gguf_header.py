@@ -17,9 +17,11 @@ from typing import Any
 
 from kobza.config import ModelConfig, require
 from kobza.doctor.finding import Check, Finding, Skip
-from kobza.formats.families import GGUF_LAYOUTS, config_from_gguf, config_from_hf
+from kobza.formats.families import config_from_hf
 from kobza.formats.gguf import Gguf, read_gguf
+from kobza.formats.gguf_families import config_from_gguf
 from kobza.formats.headers import TensorInfo, find_tensors, inside, read_json
+from kobza.formats.layouts import GGUF_LAYOUTS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type, llama.h
 VALUE_TYPES = {  # tokenizer.ggml.* -> the GGUF value types that readers take
@@ -371,6 +373,10 @@ def pre_tokenizer(s: GgufSubject) -> Iterator[Finding]:
             "convert again with a converter that knows the model, or set the key",
         )
     merges = s.get("merges")
+    kinds = s.token_types or [NORMAL] * len(s.tokens)
+    joined = any(len(token) > 1 for token, kind in zip(s.tokens, kinds, strict=False) if kind == NORMAL)
+    if merges == [] and not joined:
+        return  # a vocabulary of bytes
     if not merges:
         proof = f"tokenizer.ggml.merges is {'absent' if merges is None else 'empty'}, tokenizer.ggml.model is 'gpt2'"
         why = "without merges every text is single bytes, or the file is refused"

@@ -13,18 +13,11 @@ from typing import Any
 import regex
 
 from kobza.doctor.files.gguf_header import GgufSubject, f2
-from kobza.doctor.files.tokenizer import GPT2, LLAMA3, QWEN2
 from kobza.doctor.finding import Check, Finding, Skip
+from kobza.formats.splits import GPT2, WHOLE
+from kobza.formats.splits import SPLITS as PRE
 from kobza.tokenizer import byte_of_symbol
 
-PRE = {  # src/llama-vocab.cpp: one regex after the other, each on the pieces that the one before left
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe"), (GPT2,)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (LLAMA3,)),
-    **dict.fromkeys(("qwen2", "hunyuan", "megrez"), (QWEN2,)),
-    **dict.fromkeys(
-        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", GPT2)
-    ),
-}
 TEXTS = (
     "In 1234567 of 2024",
     "It's DON'T we'LL",
@@ -113,7 +106,7 @@ def same_pieces(s: GgufSubject) -> Iterator[Finding]:
     if s.get("model") != "gpt2" or name not in PRE or not merges:
         raise Skip(f"the regexes of pre-tokenizer {name!r} are not known here, or the file has no merges")
     theirs = steps_of(s.tokenizer.get("pre_tokenizer"))
-    speller = Speller(merges, set(s.tokens) if PRE[name] == (LLAMA3,) else None)
+    speller = Speller(merges, set(s.tokens) if name in WHOLE else None)
     for text in TEXTS:
         wanted, got = speller.tokens(text, theirs), speller.tokens(text, PRE[name])
         if wanted != got:

@@ -20,19 +20,12 @@ import numpy as np
 from kobza.config import InputError, ModelConfig
 from kobza.doctor.files.gguf_header import GgufSubject
 from kobza.doctor.finding import Check, Finding, Skip
-from kobza.formats.families import (
-    Slot,
-    head_names,
-    layout_by_names,
-    layout_of,
-    llama3_slowdown,
-    prefix_of,
-    shapes,
-    slots,
-)
+from kobza.formats.families import layout_of
 from kobza.formats.ggml import AT_ONCE, BLOCKS, READABLE, STRUCTS, dequantize, load_tensor, tensor_bytes
 from kobza.formats.gguf import GgufTensor
+from kobza.formats.gguf_families import llama3_slowdown
 from kobza.formats.headers import read_numpy
+from kobza.formats.layouts import Slot, head_names, layout_by_names, prefix_of, shapes, slots
 
 MOST_VALUES = 4_000_000  # compared a tensor, whole rows from its beginning; permuted ones are compared whole
 PIECE = 32  # values that share a scale, at most, in every type that has scales
@@ -108,6 +101,12 @@ def finding(code: str, where: str, expected: str, got: str, why: str, fix: str, 
 # -- settings and shapes -------------------------------------------------------------------------------------------
 
 
+def _slots(s: GgufSubject, config: ModelConfig) -> list[Slot]:
+    """Where the weights lie; biases that a family may leave out only where the file has them."""
+    layout = layout_of(s.arch, gguf=True)
+    return slots(config, layout, names=s.gguf.tensors if layout.loose else None)
+
+
 def tensors_fit_settings(s: GgufSubject) -> Iterator[Finding]:
     """Every tensor that the settings ask for is there, of the shape they give, and none is of a block beyond the last."""
     tensors, said = s.gguf.tensors, s.gguf.metadata
@@ -121,7 +120,7 @@ def tensors_fit_settings(s: GgufSubject) -> Iterator[Finding]:
         return
     config = _config(s)
     sizes = shapes(config)
-    for slot in slots(config, layout_of(s.arch, gguf=True)):
+    for slot in _slots(s, config):
         name, shape = slot.theirs, _joined(slot, sizes)
         if name not in tensors:
             proof = f"{s.arch}.block_count is {config.n_layer} and {name} is not among {len(tensors)} tensors"
@@ -422,7 +421,7 @@ def comparisons(s: GgufSubject) -> Iterator[Pair]:
             if block and other.startswith(f"{block}.") and other != name and theirs[other] == shape:
                 yield other, read(other)
 
-    for slot in slots(config, layout_of(s.arch, gguf=True)):
+    for slot in _slots(s, config):
         tensor = s.gguf.tensors.get(slot.theirs)
         known = all(
             name in folder and folder[name].theirs in tensors and sizes[name] == theirs[name] for name in slot.ours

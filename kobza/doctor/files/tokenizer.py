@@ -32,6 +32,7 @@ from kobza.doctor.files.folder import (
 )
 from kobza.doctor.finding import Check, Finding, Skip
 from kobza.formats.headers import inside
+from kobza.formats.splits import GPT2, LLAMA3, QWEN2
 
 SAMPLED = 2000  # lines of --corpus
 
@@ -78,9 +79,6 @@ TEXTS = (  # what tokenizers differ on; the first ones are short and are decoded
 STEPPED = 6
 BEFORE, AFTER = "uns", "->"
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SIGNS = {  # tokens that only this family's vocabulary has together -> (its name, its split)
     ("<|begin_of_text|>", "<|eot_id|>"): ("Llama 3", LLAMA3),
     ("<|object_ref_start|>", "<|im_start|>"): ("Qwen 2", QWEN2),

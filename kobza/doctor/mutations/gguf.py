@@ -18,10 +18,12 @@ from kobza.doctor.files.gguf_header import CONTROL, NORMAL, UNKNOWN, USER_DEFINE
 from kobza.doctor.files.gguf_weights import halves, ours, pairs
 from kobza.doctor.mutations.proof import Control, Mutation
 from kobza.doctor.mutations.specimens import FAMILIES, edit, edit_tensors, folder
-from kobza.formats.families import Slot, layout_by_names, layout_of, llama3_slowdown, prefix_of, shapes, slots
+from kobza.formats.families import layout_of
 from kobza.formats.ggml import BLOCKS, dequantize, quantize
 from kobza.formats.gguf import read_gguf, write_gguf
+from kobza.formats.gguf_families import llama3_slowdown
 from kobza.formats.headers import read_numpy
+from kobza.formats.layouts import Slot, layout_by_names, prefix_of, shapes, slots
 
 Metadata = dict[str, tuple[str, Any]]
 Arrays = dict[str, np.ndarray]
@@ -364,7 +366,7 @@ def _mutations() -> tuple[Mutation, ...]:
         ("Q1", "scale by 7", partial(q4, blocks=in_blocks(square, scaled))),
         ("Q1", "signed nibbles", partial(q4, blocks=in_blocks(square, signed_nibbles))),
         ("Q1", "an infinite scale", partial(q4, blocks=in_blocks(square, broken_scale), alone=True)),
-        ("Q1", "NaN", partial(llama, arrays=each("blk.0.ffn_up", lambda x: x * np.nan), alone=True)),
+        ("Q1", "NaN", partial(llama, type="F32", arrays=each("blk.0.ffn_up", lambda x: x * np.nan), alone=True)),
         ("Q1", "a matrix of zeros", partial(q4, arrays=each("blk.0.ffn_up", lambda x: 0 * x), alone=True)),
         ("Q2", "a large column", partial(q4, arrays=outlier, alone=True)),
         ("Q3", "rows of 48 in blocks of 32", partial(llama, blocks=odd_rows, alone=True)),
