@@ -1,0 +1,1 @@
+"""The certificate: an exported model opened by another engine and held against the one that was trained."""
