@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
-from kobza import __version__, cli_doctor, cli_tune
+from kobza import __version__, cli_doctor, cli_ship, cli_tune
 from kobza.config import (
     EFFECTS,
     SECTIONS,
@@ -89,6 +89,7 @@ def train(
     unknown: Literal["error", "skip", "bytes"] | None = None,
     text_field: str | None = None,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
+    exportable: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
     model: Annotated[ModelConfig, Parameter(group="Model, where the preset says nothing else")] = ModelConfig(),
     data: Annotated[DataConfig, Parameter(group="Text, where the preset says nothing else")] = DataConfig(),
@@ -124,12 +125,14 @@ def train(
         the same as --data.text-field
     tensorboard
         also write TensorBoard events (needs kobza[tensorboard])
+    exportable
+        refuse settings that no other program computes, before anything is trained; the nearest that one does are named
     """
     shortcuts = {"tokenizer": tokenizer, "vocab_size": vocab_size, "unknown": unknown, "text_field": text_field}
     data = replace(data, **{name: value for name, value in shortcuts.items() if value is not None})
     train = train if stop_at is None else replace(train, stop_at=stop_at)
     run = RunConfig(model, data, train, seed)
-    return recipe("train").main(list(text), run, out, preset, resume, device, tensorboard, json)
+    return recipe("train").main(list(text), run, out, preset, resume, device, tensorboard, json, exportable)
 
 
 @app.command
@@ -432,6 +435,8 @@ app.command(cli_doctor.app)
 app.command(cli_tune.finetune)
 app.command(cli_tune.merge)
 app.command(cli_tune.plan)
+app.command(cli_ship.export)
+app.command(cli_ship.quantize)
 cli_tune.plan.command(cli_tune.plan_finetune, name="finetune")
 
 

@@ -237,7 +237,7 @@ def linears(in_features=96, out_features=40, bias=True):
     """A Linear4bit, and the plain Linear of the same numbers."""
     torch.manual_seed(0)
     plain = nn.Linear(in_features, out_features, bias=bias)
-    packed = Linear4bit(copy.deepcopy(plain))
+    packed = Linear4bit.of(copy.deepcopy(plain))
     plain.weight.data = packed.weight
     return packed, plain
 

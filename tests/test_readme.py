@@ -94,7 +94,7 @@ def test_command_runs(page, command, workplace, monkeypatch, capsys):
         own = f"runs/{abs(hash((page, command)))}"  # the page's own --out is there already, from the fixture
         rest = smaller(rest, ["--out", own, *TINY, *QUICK] + (["--vocab-size", "260"] if "bpe" in rest else []))
     resumed = verb == "finetune" and "--resume" in rest
-    if verb in ("finetune", "merge", "data") and "--out" in rest and not resumed:
+    if verb == "export" or (verb in ("finetune", "merge", "data", "quantize") and "--out" in rest and not resumed):
         rest = smaller(rest, ["--out", f"runs/{abs(hash((page, command)))}"])
     if verb == "finetune" and not resumed and "--dry-run" not in rest:
         rest = smaller(rest, ["--train.steps", "2", "--max-len", "128"])

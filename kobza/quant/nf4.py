@@ -92,12 +92,17 @@ def dequantize_nf4(packed: Quantized, shape: tuple[int, ...], dtype: torch.dtype
 class Linear4bit(nn.Module):
     """A Linear whose weight is in 4 bits and stays. (..., in) -> (..., out), in the dtype of its input."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, packed: Quantized, shape: tuple[int, ...], bias: nn.Parameter | None = None):
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        for name, part in zip(Quantized._fields, quantize_nf4(linear.weight.detach()), strict=True):
+        self.out_features, self.in_features = shape
+        for name, part in zip(Quantized._fields, packed, strict=True):
             self.register_buffer(name, part, persistent=False)
-        self.bias = linear.bias
+        self.bias = bias
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Linear4bit:
+        """A Linear, packed."""
+        return cls(quantize_nf4(linear.weight.detach()), tuple(linear.weight.shape), linear.bias)
 
     @property
     def packed(self) -> Quantized:
@@ -155,7 +160,7 @@ def use(model: nn.Module, match: Match = in_blocks) -> list[str]:
         return isinstance(module, nn.Linear) and id(module.weight) not in tables and match(name, module)
 
     def pack(linear: nn.Linear) -> Linear4bit:
-        layer = Linear4bit(linear)
+        layer = Linear4bit.of(linear)
         linear.weight = None  # now, and not when the last layer is done: never two models in memory
         return layer
 

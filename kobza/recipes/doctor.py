@@ -72,6 +72,10 @@ def check(area: str, names: list[Any], settings: dict[str, Any]) -> Examination:
     module, console = area_module(area), Console(stderr=True)
     if area in ("model", "parity"):  # a pulled model's name is its folder; transformers:DIR and package:callable stay
         names = [n if ":" in n or Path(n).exists() else str(find_model(Path(n))) for n in names]
+        from kobza.recipes.tuned import check_whole  # brings torch, which files are looked at without
+
+        for name in names:
+            check_whole(Path(name))
     with console.status(f"{area}: opening {names[0]}") as status:
         subject = module.open_(*names, **settings)
         done = examine(module.CHECKS, subject, lambda outcome: status.update(f"{area}: {outcome.name}"))

@@ -20,7 +20,7 @@ from kobza.formats.load import load_model
 from kobza.hub.store import find_model, is_foreign
 from kobza.hub.vocabulary import tokenizer_of
 from kobza.model import GPT
-from kobza.recipes.tuned import open_checkpoint
+from kobza.recipes.tuned import check_whole, open_checkpoint
 from kobza.surgery import find_modules
 from kobza.tokenizer import Tokenizer
 
@@ -74,6 +74,7 @@ def formats(path: Path) -> tuple[ModelConfig, dict[str, str]]:
     if is_foreign(path):
         return folder_formats(path) if path.is_dir() else gguf_formats(path)
     folder = find_checkpoint(path)
+    check_whole(folder)
     header = read_header(folder / "model.safetensors")
     return read_config(folder / "config.json")[0].model, {name: info.dtype for name, info in header.items()}
 

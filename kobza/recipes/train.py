@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from kobza.checkpoint import list_checkpoints, read_best
-from kobza.config import RunConfig, TrainConfig, require
+from kobza.config import InputError, ModelConfig, RunConfig, TrainConfig, require
 from kobza.data import Batches, Tokens, bytes_per_token, eval_batches, overlap
 from kobza.describe.parts import training_bytes
 from kobza.device import Runtime, device_name, free_memory, make_runtime, memory_error, peak_flops, rng_state
@@ -66,6 +67,7 @@ def main(
     device: str = "auto",
     tensorboard: bool = False,
     as_json: bool = False,
+    exportable: bool = False,
 ) -> int:
     """Train, leaving a run folder -> exit code."""
     console = Console(stderr=as_json, highlight=False)
@@ -75,6 +77,9 @@ def main(
     check_memory(config, runtime)
     check_parts(config, runtime)
     require(not (resume and text), f"--resume goes on with the text in {out}; leave out {' '.join(text)}")
+    require(not (resume and exportable), "--exportable has no effect with --resume: the run's model is what it is")
+    if exportable:
+        check_model(config.model)
     with lock(out), memory_error(config.train.micro_batch, config.model.max_seq_len):
         if not text and not resume:
             path, note = default_text()
@@ -86,7 +91,31 @@ def main(
                 f"tokenizer {config.data.tokenizer}: lossy; it changes some texts, and losses are of what it keeps"
             )
         run = resumed_run(out, config) if resume else new_run(out, config, text, tokenizer)
+        if exportable:
+            check_vocabulary(run)
         return train_run(run, runtime, console, make_board(out) if tensorboard else None, as_json)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model that no other program computes, with the options of the nearest that one does."""
+    from kobza.formats.stock import why_not_exportable
+
+    for to in ("hf", "gguf"):
+        why = why_not_exportable(model, to)
+        require(not why, f"--exportable: --to {to} will not do: {why}")
+
+
+def check_vocabulary(run: Run) -> None:
+    """Refuse a vocabulary that llama.cpp would read otherwise; the run's folder is then as it was."""
+    from kobza.export.vocabulary import vocabulary
+
+    try:
+        vocabulary(run.tokenizer, run.config.model.vocab_size, run.tokenizer.ends, None)
+    except InputError as error:
+        shutil.rmtree(run.out / "tokens")
+        for name in ("tokenizer.json", "config.toml"):
+            (run.out / name).unlink()
+        raise InputError(f"--exportable: {error}") from None
 
 
 def train_run(run: Run, runtime: Runtime, console: Console, board: Any, as_json: bool) -> int:

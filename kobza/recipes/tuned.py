@@ -18,11 +18,20 @@ if TYPE_CHECKING:
     from kobza.finetune.config import MethodConfig
 
 ADAPTER = "adapter_model.safetensors"  # in a checkpoint that has it the weights are another's
+QUANTISED = "quantised.safetensors"  # in a checkpoint that has it they are in few bits
 
 
 def open_checkpoint(path: Path, device: torch.device | str = "cpu", unknown: str | None = None) -> Loaded:
-    """The model behind a run, a checkpoint, a pulled model, or a tuning: its base with the adapter put into the weights."""
+    """The model behind a run, a checkpoint, a pulled model, or a tuning: its base with the adapter put into the weights. Of a
+    quantised one the weights are plain again, of the numbers that were kept, so that all that works on a model works on it."""
     folder = find_checkpoint(find_model(path))
+    if (folder / QUANTISED).exists():
+        from kobza.quant.forms import dequantise
+        from kobza.quant.saved import open_quantised
+
+        loaded = open_quantised(folder, device, unknown)
+        dequantise(loaded.model)
+        return loaded
     if not (folder / ADAPTER).exists():
         return load_checkpoint(folder, device, unknown)
     from kobza.finetune.merge import dequantised, merge
@@ -75,8 +84,15 @@ def find_base(provenance: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def check_whole(folder: Path) -> None:
+    """Refuse a checkpoint whose weights are in few bits, where it is the weights that are wanted."""
+    few = f"{folder}: its weights are in few bits (kobza quantize); take the model it was made from"
+    require(not (folder / QUANTISED).exists(), few)
+
+
 def weights_digest(folder: Path) -> str:
     """The sha256 of a checkpoint's weights, as its manifest has it."""
+    check_whole(folder)
     try:
         return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["model.safetensors"]["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
