@@ -57,6 +57,8 @@ def rounding(type: str, w: np.ndarray) -> np.ndarray:
         least = np.minimum(least, 0)
     scale = ((top - least) if ranged else 2 * np.maximum(top, -least)) / steps
     error = scale**2 / 12 + (2.0**-11 * np.maximum(top, -least)) ** 2 / 3  # scale and least are kept in float16
+    reach = (steps if ranged else steps / 2) * SCALE_STEPS.get(type, 1)
+    error += (SMALLEST["F16"] * reach) ** 2 / 3  # which has no scale between two of its smallest numbers
     if type in SCALE_STEPS:
         most = np.repeat(scale.reshape(-1, 256 // width).max(-1), 256 // width)
         lowest = np.repeat((-least).reshape(-1, 256 // width).max(-1), 256 // width) if ranged else 0
