@@ -517,3 +517,13 @@ def test_the_page_shows_verdict_limits_and_the_worst(good):
 def test_prose_stays_readable():
     assert all(text.endswith("\n") for text in PROSE) and "Україн" in PROSE[0]
     assert max(BLOCKS[type][0] for type in TYPES) == 256
+
+
+def test_a_perplexity_is_not_off_by_what_an_engine_s_sums_are():
+    """llama.cpp's log-probabilities of 49,152 tokens add up to 1 but for 1e-4, which is no other model."""
+    from kobza.export.proof.certificate import _perplexity
+
+    table = torch.randn(9, 50, dtype=torch.float64).log_softmax(-1)
+    check = _perplexity(table, table + 1e-4, torch.arange(9), 1e-5)
+    assert check.ok and check.measured < 1e-12
+    assert not _perplexity(table, table.roll(1, 1), torch.arange(9), 1e-5).ok

@@ -285,7 +285,8 @@ def token_of(reference: Reference) -> Callable[[int], str]:
 
 def _perplexity(ours: Tensor, got: Tensor, came: Tensor, limit: float) -> Check:
     """The mean log-probability of what came, by both."""
-    a, b = (float(-table.gather(1, came[:, None]).mean()) for table in (ours, got))
+    tables = (checks.normalised(table, ~table.isnan()) for table in (ours, got))
+    a, b = (float(-table.gather(1, came[:, None]).mean()) for table in tables)
     words = f"perplexity {math.exp(min(b, 700)):.3f}, of the model that was trained {math.exp(min(a, 700)):.3f}"
     what = "perplexity of held-out text"
     return Check("perplexity", what, abs(b - a) <= limit, abs(b - a), limit, "nats a token", words)
