@@ -216,7 +216,13 @@ def test_a_model_that_no_other_program_computes_names_the_switch(tmp_path, capsy
     assert code == 2 and "--model.mlp swiglu" in said and not (tmp_path / "out").exists()
     words = ["train", str(tmp_path / "text.txt"), "--preset", "tiny", "--exportable", "--out", str(tmp_path / "new")]
     assert cli.main(words) == 2
-    assert "--model.mlp swiglu" in capsys.readouterr().err and not (tmp_path / "new" / "config.toml").exists()
+    said = capsys.readouterr().err
+    assert "--model.mlp swiglu" in said and not (tmp_path / "new" / "config.toml").exists()
+    options = said.strip().split("; train with ")[1].split(" or with ")
+    assert len(options) == 2
+    for i, option in enumerate(options):  # what it says to do is what the command line takes
+        words[-1] = str(tmp_path / f"new{i}")
+        assert cli.main([*words, *option.split(), *TINY, *QUICK]) == 0
 
 
 def test_exportable_refuses_a_vocabulary_before_training(tmp_path, capsys):

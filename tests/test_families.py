@@ -1091,18 +1091,25 @@ def test_the_options_of_the_nearest_model_make_one_that_can_be_exported(config, 
         convert(config)
     assert "\n" not in why
     for options in why.split("; train with ")[1].split(" or with ") if "train with" in why else ():
-        words = shlex.split(options)
-        given_ = {
-            name.removeprefix("--model."): tomllib.loads(f"v = {toml(value)}")["v"] for name, value in pairs(words)
-        }
+        given_ = settings_of(shlex.split(options))
         start = {f.name: v for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != f.default}
         mended = ModelConfig(**without_idle("model", start, given_) | given_)
         assert why_not_exportable(mended, to) == ""
     event("options" if "train with" in why else "no options")
 
 
-def pairs(words):
-    return zip(words[::2], words[1::2], strict=True)
+def settings_of(words):
+    """{"qk_norm": False, "mlp": "swiglu"} of --model.no-qk-norm --model.mlp swiglu."""
+    found = {}
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        name = word.removeprefix("--model.").replace("-", "_")
+        if not word.startswith("--"):
+            continue
+        if after.startswith("--"):
+            found[name.removeprefix("no_")] = not name.startswith("no_")
+        else:
+            found[name] = tomllib.loads(f"v = {toml(after)}")["v"]
+    return found
 
 
 def toml(value):
@@ -1118,7 +1125,7 @@ def test_a_preset_whose_vocabulary_is_not_known_yet():
     assert why_not_exportable(ModelConfig(mlp="swiglu"), "hf") == ""
     why = why_not_exportable(ModelConfig(), "hf")
     assert (
-        "model.mlp is 'relu2' and theirs 'swiglu'; train with --model.mlp swiglu or with --model.qk_norm false" in why
+        "model.mlp is 'relu2' and theirs 'swiglu'; train with --model.mlp swiglu or with --model.no-qk-norm" in why
     )
     with pytest.raises(InputError, match="model.vocab_size is 0; give the tokenizer's"):
         config_to_hf(ModelConfig(mlp="swiglu"))

@@ -72,7 +72,7 @@ def why_not_exportable(config: ModelConfig, to: str) -> str:
     changed = [_mend(config, full, found) for _, full, found in candidates(canonical(config))] if why else []
     good = [changes for changes, mended in changed if mended and not _failure(convert, mended)]
     fewest = [changes for changes in good if len(changes) == min(map(len, good))]
-    options = dict.fromkeys(" ".join(f"--model.{k} {_option(v)}" for k, v in changes.items()) for changes in fewest)
+    options = dict.fromkeys(" ".join(_option(k, v) for k, v in changes.items()) for changes in fewest)
     return why + (f"; train with {' or with '.join(list(options)[:3])}" if options else "")
 
 
@@ -95,9 +95,12 @@ def _mend(config: ModelConfig, full: ModelConfig, found: ModelConfig) -> tuple[d
         return changes, None
 
 
-def _option(value: Any) -> str:
-    """A value as the command line takes it."""
-    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if value == "" else str(value)
+def _option(name: str, value: Any) -> str:
+    """A setting as `kobza train` takes it: --model.no-qk-norm, --model.mlp swiglu."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--model.{name if value else f'no-{name}'}"
+    return f'--model.{name} "{value}"' if value == "" else f"--model.{name} {value}"
 
 
 def differing(one: ModelConfig, other: ModelConfig) -> list[str]:
