@@ -437,6 +437,7 @@ app.command(cli_tune.merge)
 app.command(cli_tune.plan)
 app.command(cli_ship.export)
 app.command(cli_ship.quantize)
+app.command(cli_ship.certificate)
 cli_tune.plan.command(cli_tune.plan_finetune, name="finetune")
 
 

@@ -1,4 +1,4 @@
-"""The verbs that hand a model on: export and quantize. cli.py mounts them."""
+"""The verbs that hand a model on: export, quantize and certificate. cli.py mounts them."""
 
 from __future__ import annotations
 
@@ -121,3 +121,14 @@ def quantize(
         auto, cpu, cuda or mps
     """
     return recipe("quantize").main(run, out, to, max_kl, calibration or [], tokens, device, json)
+
+
+def certificate(folder: Path, /, *, json: Json = False) -> int:
+    """Say what an exported folder's certificates say, and whether its files are still those that were proven.
+
+    Parameters
+    ----------
+    folder
+        a folder that `kobza export` wrote
+    """
+    return recipe("certificate").main(folder, json)

@@ -243,3 +243,17 @@ def test_a_damaged_checkpoint_is_refused(verse, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     code, said = export(capsys, run, tmp_path / "out", "--to", "hf")
     assert code == 2 and "sha256" in said and not (tmp_path / "out").exists()
+
+
+def test_a_certificate_is_of_the_files_as_they_were(verse, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export(capsys, verse, out, "--to", "hf")[0] == 0
+    assert cli.main(["certificate", str(out)]) == 0
+    assert "checks held in" in capsys.readouterr().out
+    (out / "generation_config.json").write_text("{}")
+    assert cli.main(["certificate", str(out), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["certificates"]["certificate.json"] == {
+        "certified": True, "changed": ["generation_config.json has changed since"]
+    }  # fmt: skip
+    assert cli.main(["certificate", str(tmp_path)]) == 2

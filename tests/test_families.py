@@ -1124,9 +1124,7 @@ def toml(value):
 def test_a_preset_whose_vocabulary_is_not_known_yet():
     assert why_not_exportable(ModelConfig(mlp="swiglu"), "hf") == ""
     why = why_not_exportable(ModelConfig(), "hf")
-    assert (
-        "model.mlp is 'relu2' and theirs 'swiglu'; train with --model.mlp swiglu or with --model.no-qk-norm" in why
-    )
+    assert "model.mlp is 'relu2' and theirs 'swiglu'; train with --model.mlp swiglu or with --model.no-qk-norm" in why
     with pytest.raises(InputError, match="model.vocab_size is 0; give the tokenizer's"):
         config_to_hf(ModelConfig(mlp="swiglu"))
     with pytest.raises(InputError, match="to is 'onnx'; one of hf, gguf, ollama"):

@@ -69,6 +69,8 @@ def workplace(tmp_path_factory):
     for run in ("demo", "mine"):
         out = str(folder / "runs" / run)
         assert cli.main(["train", str(folder / "poems.txt"), "--out", out, *TINY, *QUICK]) == 0
+    exported = ["--to", "hf", "--out", str(folder / "exports" / "demo-hf")]
+    assert cli.main(["export", str(folder / "runs" / "demo"), *exported]) == 0
     return folder
 
 

@@ -11,7 +11,7 @@ from kobza.doctor.mutations import template as samples
 from kobza.formats.chat import ChatEncoder, Rewritten
 from kobza.formats.gotemplate import GoTemplate
 from kobza.formats.template import ChatTemplate
-from kobza.formats.turns import Turns, turns_from_example, turns_of, why_not
+from kobza.formats.turns import Turns, explained, turns_from_example
 from kobza.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer
 
 SPECIALS = (
@@ -35,6 +35,23 @@ EXAMPLE = """<s>Below are a task and its solution. {SYSTEM}
 {OUTPUT}</s>
 
 """
+
+
+def turns_of(template: ChatTemplate) -> Turns | None:
+    """The definition that writes what a template writes, None where the template does more; `why_not` then tells."""
+    try:
+        return explained(template)
+    except InputError:
+        return None
+
+
+def why_not(template: ChatTemplate) -> str:
+    """What of a template no definition by turns writes, in a line; "" where one does."""
+    try:
+        explained(template)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def header(role):

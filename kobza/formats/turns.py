@@ -2,10 +2,10 @@
 
 Most chat templates are no more than this. `Turns` renders a conversation itself, writes the Jinja source that transformers,
 llama.cpp and kobza serve with, and the Go source for Ollama; tests show all of them equal token by token. A definition is made
-by hand, from a text with two turns of example (`turns_from_example`), or found in a Jinja template by probing (`turns_of`):
+by hand, from a text with two turns of example (`turns_from_example`), or found in a Jinja template by probing (`explained`):
 render conversations of words that no template has, see what stands between them, then try conversations by the dozen. A
 template that does more (drops thoughts, moves the system's words, tells the date) is told from these by what it writes, never
-by its source; `why_not` shows the conversation.
+by its source; `Unlike` carries the conversation.
 """
 
 from __future__ import annotations
@@ -274,23 +274,6 @@ class Unlike(InputError):
     def __init__(self, said: str, messages: Messages):
         super().__init__(said)
         self.messages = messages
-
-
-def turns_of(template: ChatTemplate) -> Turns | None:
-    """The definition that writes what a template writes, None where the template does more; `why_not` then tells."""
-    try:
-        return explained(template)
-    except InputError:
-        return None
-
-
-def why_not(template: ChatTemplate) -> str:
-    """What of a template no definition by turns writes, in a line; "" where one does."""
-    try:
-        explained(template)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def explained(template: ChatTemplate) -> Turns:
