@@ -64,20 +64,16 @@ class Transformers:
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         self._model, self._tokenizer, self.name = model, tokenizer, name
+        tokenizer.model_max_length = 1 << 40  # it would warn of texts beyond the context, which are asked for ids alone
         text = model.config.get_text_config()
         self.vocab_size, self.n_ctx = text.vocab_size, text.max_position_embeddings
         model.generation_config = _bare(model.generation_config)
 
     def encode(self, text: str) -> list[int]:
-        return self._ids(text, add_special_tokens=False)
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def begin(self, text: str) -> list[int]:
-        return self._ids(text)
-
-    def _ids(self, text: str, **how: Any) -> list[int]:
-        return self._tokenizer(text, split_special_tokens=True, verbose=False, **how)[
-            "input_ids"
-        ]  # long texts are no fault
+        return self._tokenizer(text, split_special_tokens=True)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
