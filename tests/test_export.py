@@ -191,6 +191,7 @@ def test_importance_and_max_kl_reach_the_file(verse, tmp_path, capsys):
     ("words", "why"),
     [
         (("--to", "hf", "--types", "Q8_0"), "--types Q8_0 has no effect with --to hf"),
+        (("--to", "gguf", "--name", "../elsewhere"), "it names files"),
         (("--to", "gguf", "--dtype", "float16"), "no effect with --to gguf"),
         (("--to", "gguf", "--types", "Q4_9"), "no such GGUF type: Q4_9"),
         (("--to", "gguf", "--types", "Q8_0,q8_0"), "given twice"),

@@ -3,6 +3,7 @@ text it is measured on."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from kobza.tokenizer import Tokenizer
 
 def open_source(path: Path, name: str = "") -> Source:
     """The model behind a run, a checkpoint, a pulled model, or a tuning, whose adapter is merged into a copy in memory."""
+    plain = f"--name {name!r}: it names files; use letters, digits, spaces, dots, dashes and underscores"
+    require(not name or re.fullmatch(r"\w[\w .+-]{0,99}", name) is not None, plain)
     folder = find_checkpoint(find_model(path))
     run, provenance = read_config(folder / "config.json")
     name = name or path.resolve().name
