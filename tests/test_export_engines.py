@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,9 +369,15 @@ def test_transformers_reaches_for_no_network_and_says_nothing(tmp_path, monkeypa
 
 def children():
     """Processes of ours that serve llama.cpp."""
-    listed = subprocess.run(["ps", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
-    rows = [line.split(None, 2) for line in listed]
-    return [int(pid) for pid, parent, args in rows if int(parent) == os.getpid() and "llama_child" in args]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        found += [int(folder.name)] if parent == os.getpid() and b"llama_child" in words else []
+    return found
 
 
 def gone(pid, seconds=10):
