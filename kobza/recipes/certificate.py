@@ -33,7 +33,6 @@ def main(folder: Path, as_json: bool) -> int:
         for word in changed[name]:
             console.print(escape(f"  CHANGED: {word}"))
         if c.ok and not changed[name]:
-            console.print(
-                f"  {len(c.artifact)} {'file is' if len(c.artifact) == 1 else 'files are'} as they were proven"
-            )
+            n = len(c.artifact)
+            console.print("  its file is as it was" if n == 1 else f"  its {n} files are as they were")
     return 0 if good else 1
