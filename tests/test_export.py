@@ -258,3 +258,12 @@ def test_a_certificate_is_of_the_files_as_they_were(verse, tmp_path, capsys):
         "certified": True, "changed": ["generation_config.json has changed since"]
     }  # fmt: skip
     assert cli.main(["certificate", str(tmp_path)]) == 2
+
+
+def test_a_modelfile_is_part_of_what_was_proven(tuned, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export(capsys, tuned, out, "--to", "ollama")[0] == 0
+    assert cli.main(["certificate", str(out)]) == 0
+    (out / "Modelfile").write_text((out / "Modelfile").read_text().replace("<|im_end|>", "<|im_start|>"))
+    assert cli.main(["certificate", str(out)]) == 1
+    assert "CHANGED: Modelfile has changed since" in capsys.readouterr().out

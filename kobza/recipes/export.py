@@ -142,7 +142,7 @@ def to_ollama(job: Job, folder: Path) -> Done:
     (path, types), *_ = files.items()
     (folder / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
     certificate = job.proven(path, f"ollama {types.name}", gguf_engine(path, job.source))
-    return proven_modelfile(job, text, certificate, notes)
+    return proven_modelfile(job, folder, text, certificate, notes)
 
 
 def to_onnx(job: Job, folder: Path) -> Done:

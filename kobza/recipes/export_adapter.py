@@ -68,7 +68,7 @@ def to_ollama(job: Job, folder: Path) -> Done:
     said = write_ggufs(tuning.base, {base: types}, progress=job.progress)[base]
     (folder / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
     certificate = proven_lora(job, tuning, path, base, f"ollama {types.name} adapter")
-    return proven_modelfile(job, text, certificate, [f"{base.name}: {note}" for note in said])
+    return proven_modelfile(job, folder, text, certificate, [f"{base.name}: {note}" for note in said])
 
 
 def written_lora(job: Job, folder: Path) -> tuple[Tuning, Path]:

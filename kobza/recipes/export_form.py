@@ -10,7 +10,7 @@ from typing import Any
 
 from kobza.config import require
 from kobza.export import ollama
-from kobza.export.proof.certificate import FILE, Certificate, not_certified, prove
+from kobza.export.proof.certificate import FILE, Certificate, hashes, not_certified, prove
 from kobza.export.proof.checks import Check, shortened
 from kobza.export.proof.corpus import Corpus, corpus_for
 from kobza.export.proof.engine import Engine, available
@@ -110,8 +110,10 @@ def begins(source: Source) -> str:
     return "" if bos is None else next(name for name, i in source.tokenizer.specials.items() if i == bos)
 
 
-def proven_modelfile(job: Job, text: str, certificate: Certificate, notes: list[str]) -> Done:
-    """The certificate with one check more: what Ollama sends by the Modelfile is what the chat template writes."""
+def proven_modelfile(job: Job, folder: Path, text: str, certificate: Certificate, notes: list[str]) -> Done:
+    """The certificate of all files of the folder, with one check more: what Ollama sends by the Modelfile is what the chat template
+    writes."""
+    certificate = replace(certificate, artifact=hashes(folder))
     source, notes = job.source, [*notes, *ollama.notes(job.source)]
     if job.certify and source.template is not None:
         check = modelfile_check(source, text, job.asked["system"] or "", job.corpus.conversations)
