@@ -111,8 +111,7 @@ def begins(source: Source) -> str:
 
 
 def proven_modelfile(job: Job, folder: Path, text: str, certificate: Certificate, notes: list[str]) -> Done:
-    """The certificate of all files of the folder, with one check more: what Ollama sends by the Modelfile is what the chat template
-    writes."""
+    """The certificate of all files of the folder, with one check more: by the Modelfile Ollama sends what the template writes."""
     certificate = replace(certificate, artifact=hashes(folder))
     source, notes = job.source, [*notes, *ollama.notes(job.source)]
     if job.certify and source.template is not None:
