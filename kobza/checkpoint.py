@@ -36,6 +36,7 @@ from kobza.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2  # 2: model.init in place of model.zero_init
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+KEPT = "nothing half-written is left and earlier checkpoints are whole; free space and call again with --resume"
 
 
 # ---- whole or absent -----------------------------------------------------------------------------------------------
@@ -51,13 +52,13 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps(files, indent=1))
         for path in aside.iterdir():
-            _sync(path)
-        _sync(aside)
+            sync(path)
+        sync(aside)
         os.rename(aside, final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise _disk_error(final, error) from error
+        raise disk_error(final, error) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -76,26 +77,24 @@ def write_file(final: Path, content: str) -> None:
     aside = final.with_name(f".{final.name}.part")
     try:
         aside.write_text(content, encoding="utf-8")
-        _sync(aside)
+        sync(aside)
         os.replace(aside, final)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise _disk_error(final, error) from error
+        raise disk_error(final, error) from error
 
 
-def _disk_error(final: Path, error: Exception) -> Exception:
-    """The one-line error for a full disk; any other error as it is."""
+def disk_error(final: Path, error: Exception, state: str = KEPT) -> Exception:
+    """The one-line error for a full disk, which says what is left; any other error as it is."""
     full = getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL)
     if not full:
         return error
     free = shutil.disk_usage(final.parent).free
-    return InputError(
-        f"{final}: the disk is full ({free / 1e6:.1f} MB free); nothing half-written is left and earlier checkpoints are "
-        "whole; free space and call again with --resume"
-    )
+    return InputError(f"{final}: the disk is full ({free / 1e6:.1f} MB free); {state}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What a file or a folder holds is on the disk when this returns."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -160,7 +160,7 @@ def full_disk_in_rust(*_args, **_kwargs):
 
 @pytest.mark.parametrize(
     "where, fails",
-    [("save_file", full_disk_in_rust), ("_sync", full_disk), ("_digest", full_disk), ("os.rename", full_disk)],
+    [("save_file", full_disk_in_rust), ("sync", full_disk), ("_digest", full_disk), ("os.rename", full_disk)],
 )
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(where, fails, folder, monkeypatch):
     with monkeypatch.context() as patch:
@@ -183,7 +183,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_file(tmp_path / "f", "old")
-    monkeypatch.setattr("kobza.checkpoint._sync", full_disk)
+    monkeypatch.setattr("kobza.checkpoint.sync", full_disk)
     with pytest.raises(InputError, match="the disk is full"):
         write_file(tmp_path / "f", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from kobza.checkpoint import FULL
+from kobza.checkpoint import disk_error, sync
 from kobza.config import InputError, require
 
 
@@ -34,7 +34,8 @@ def whole_folder(out: Path, force: bool = False) -> Iterator[Path]:
             try:
                 yield aside
                 if aside.exists():
-                    _sync(aside)
+                    for path in [*aside.rglob("*"), aside]:
+                        sync(path)
                     _replace(out, aside)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -42,13 +43,7 @@ def whole_folder(out: Path, force: bool = False) -> Iterator[Path]:
     except Timeout:
         raise InputError(f"{out}: another export to it is under way; wait for it, or name another --out") from None
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL)
-        if not full:
-            raise
-        free = shutil.disk_usage(out.parent).free
-        raise InputError(
-            f"{out}: the disk is full ({free / 1e6:.1f} MB free); nothing is left of it; free space"
-        ) from error
+        raise disk_error(out, error, "nothing is left of it; free space") from error
 
 
 def set_aside(aside: Path, out: Path) -> Path:
@@ -57,18 +52,6 @@ def set_aside(aside: Path, out: Path) -> Path:
     shutil.rmtree(refused, ignore_errors=True)
     os.rename(aside, refused)
     return refused
-
-
-def _sync(folder: Path) -> None:
-    """What is in the folder is on the disk before its name is."""
-    for path in [*folder.rglob("*"), folder]:
-        if os.name == "nt" and path.is_dir():
-            continue  # Windows cannot open a folder
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _replace(out: Path, aside: Path) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 from torch import Tensor
 
 from kobza import __version__
-from kobza.config import InputError, nearest, require
+from kobza.config import InputError, ModelConfig, nearest, require
 from kobza.export.source import Source
 from kobza.export.types import FLOATS, Types
 from kobza.export.vocabulary import vocabulary
 from kobza.formats.families import layout_of
-from kobza.formats.ggml import BLOCKS, quantize
+from kobza.formats.ggml import bytes_of, quantize
 from kobza.formats.gguf import gguf_writer
 from kobza.formats.gguf_families import config_to_gguf, gguf_target
 from kobza.formats.layouts import slots
@@ -53,9 +53,9 @@ def write_ggufs(
     arch, settings = config_to_gguf(source.config)
     pieces = list(gguf_pieces(source.config, arch, source.read, source.shapes))
     shapes = {piece.name: piece.shape for piece in pieces}
-    ours = our_names(source, arch)
+    ours = our_names(source.config, arch)
     plans = {path: types.plan(shapes, ours, importance is not None) for path, types in outputs.items()}
-    total = sum(n_bytes(plan[name], shape) for plan, _ in plans.values() for name, shape in shapes.items())
+    total = sum(bytes_of(plan[name], shape) for plan, _ in plans.values() for name, shape in shapes.items())
     _check_room(outputs, total)
     tokens = vocabulary(source.tokenizer, shapes["token_embd.weight"][0], source.ends, source.template)
     general = about(source, arch, shapes)
@@ -82,10 +82,10 @@ def write_ggufs(
     return {path: notes for path, (_, notes) in plans.items()}
 
 
-def our_names(source: Source, arch: str) -> dict[str, tuple[str, ...]]:
+def our_names(config: ModelConfig, arch: str) -> dict[str, tuple[str, ...]]:
     """Our names of what each tensor of a file is made of; a head that is tied in ours is the embedding."""
-    found = {slot.theirs: slot.ours for slot in slots(gguf_target(source.config, arch), layout_of(arch, gguf=True))}
-    head = {"output.weight": ("embed.weight",)} if "output.weight" in found and source.config.tied else {}
+    found = {slot.theirs: slot.ours for slot in slots(gguf_target(config, arch), layout_of(arch, gguf=True))}
+    head = {"output.weight": ("embed.weight",)} if "output.weight" in found and config.tied else {}
     return found | head
 
 
@@ -138,11 +138,6 @@ def blocks(piece: Piece, types: set[str], columns: np.ndarray | None) -> Iterato
             yield {type: quantize(numbers, type, columns) for type in types}
         except InputError as error:
             raise InputError(f"{piece.name}: {error}") from None
-
-
-def n_bytes(type: str, shape: tuple[int, ...]) -> int:
-    values, size = BLOCKS[type]
-    return int(np.prod(shape)) // values * size
 
 
 def _check_places(outputs: Mapping[Path, Types]) -> None:

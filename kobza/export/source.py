@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,8 +83,7 @@ def source_of(
     ]
     odd += [key for key in infos if key not in wanted]
     require(not odd, f"{path}: {', '.join(odd[:3])} is not what its config makes; take another checkpoint")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(folder / "tokenizer.json", run.data.unknown)
     came_with = provenance.get("ends") or tokenizer.ends
     return Source(
@@ -93,7 +93,7 @@ def source_of(
         shapes=wanted,
         dtypes={key: DTYPES[infos[key].dtype] for key in wanted},
         read=lambda key: read_tensor(path, infos[key]),
-        sha256=sha256,
+        sha256=manifest[path.name]["sha256"],  # verified above
         template=template,
         ends=tuple(came_with if ends is None else ends),
         provenance=provenance,

@@ -98,6 +98,12 @@ def dequantize(data: np.ndarray, type: str, shape: tuple[int, ...]) -> np.ndarra
     return out.reshape(shape)
 
 
+def bytes_of(type: str, shape: tuple[int, ...]) -> int:
+    """What a tensor takes in a file."""
+    values, size = BLOCKS[type]
+    return math.prod(shape) // values * size
+
+
 def tensor_bytes(gguf: Gguf, name: str) -> np.ndarray:
     """A tensor's bytes as they lie in the file, uint8, flat; read when they are looked at."""
     if name not in gguf.tensors:

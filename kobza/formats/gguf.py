@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kobza.config import InputError, require
-from kobza.formats.ggml import BLOCKS, TYPES
+from kobza.formats.ggml import TYPES, bytes_of
 
 MAGIC = b"GGUF"
 MAX_HEADER = 64 << 20  # bytes; Gemma 3, with 262,144 tokens, has 15 MB
@@ -239,8 +239,7 @@ class _Reader:
         """The tensors, each inside the file and none on another."""
         tensors = {}
         for name, (type, shape, offset) in infos.items():
-            values, size = BLOCKS[type]
-            n_bytes = math.prod(shape) // values * size
+            n_bytes = bytes_of(type, shape)
             what = f"tensor {name!r} ({type} {shape})"
             self.check(
                 offset % alignment == 0, f"{what} begins at offset {offset:,}, no multiple of {alignment}; forged"
@@ -351,9 +350,8 @@ def _head(
     numbers = {name: number for number, name in TYPES.items()}
     sizes, offset = {}, 0
     for name, (type, shape) in infos.items():
-        values, size = BLOCKS[type]
         assert len(name.encode()) <= MAX_NAME and len(shape) <= MAX_DIMS, f"{name!r} {shape}"
-        sizes[name] = math.prod(shape) // values * size
+        sizes[name] = bytes_of(type, shape)
         assert sizes[name] > 0, f"{name!r} {type} {shape} has no block"
         dims = struct.pack(f"<{len(shape)}Q", *shape[::-1])
         head += [_packed("string", name), _I.pack(len(shape)), dims, _I.pack(numbers[type]), _Q.pack(offset)]

@@ -137,7 +137,7 @@ def ggml_rounding(type: str, importance: Tensor | None) -> Callable[[Tensor], Te
 
 def n_bytes(type: str, shape: tuple[int, ...]) -> int:
     """What a matrix of a shape takes in a type, in a file."""
-    from kobza.formats.ggml import BLOCKS
+    from kobza.formats.ggml import bytes_of
 
     n_out, n_in = shape
     n = n_out * n_in
@@ -145,5 +145,4 @@ def n_bytes(type: str, shape: tuple[int, ...]) -> int:
         return -(-n // 2) + -(-n // 64) + 4 * -(-n // (64 * 256)) + 4
     if type == "int8":
         return n + 2 * n_out
-    values, size = {"bf16": (1, 2), "float32": (1, 4)}.get(type) or BLOCKS[type]
-    return n // values * size
+    return bytes_of({"bf16": "BF16", "float32": "F32"}.get(type, type), shape)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kobza.config import require
 from kobza.export import vocabulary
@@ -39,7 +37,7 @@ from kobza.recipes.export_form import (
     proven_modelfile,
     written_modelfile,
 )
-from kobza.recipes.shipping import open_source, texts_to_measure
+from kobza.recipes.shipping import bar, open_source, texts_to_measure
 from kobza.recipes.tuned import open_checkpoint
 
 USED = {  # which forms a setting has an effect on
@@ -161,7 +159,12 @@ def written_ggufs(job: Job, folder: Path, words: list[str]) -> tuple[dict[Path, 
         require(bool(few), f"--importance has no effect on {', '.join(t.name for t in every)}; take a type of few bits")
         weighed = importance_of(job, folder)
     if most is not None:
-        every = [Types(t.name, overrides_for(job, t, most, weighed)) for t in every]
+        texts = job.held_out or texts_to_measure(job.run, [], job.source.tokenizer, HELD_OUT)
+        loaded = open_checkpoint(find_model(job.run))
+        for i, types in enumerate(every):
+            job.say(f"measuring {types.name} to within {most} nats a token")
+            wider = quantize.plan_types(loaded, types.name, most, texts, weighed, job.progress)
+            every[i] = Types(types.name, wider)
     files = {folder / f"{job.source.name}-{types.name}.gguf": types for types in every}
     require(len(files) == len(every), f"--types {','.join(words)}: one of them is given twice")
     said = write_ggufs(job.source, files, weighed, job.progress)
@@ -185,35 +188,11 @@ def importance_of(job: Job, folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def overrides_for(job: Job, types: Types, most: float, weighed: dict[str, torch.Tensor] | None) -> dict[str, str]:
-    """The tensors to keep wider until a file of these types is close enough."""
-    job.say(f"measuring {types.name} to within {most} nats a token")
-    texts = job.held_out or texts_to_measure(job.run, [], job.source.tokenizer, HELD_OUT)
-    loaded = open_checkpoint(find_model(job.run))
-    return quantize.plan_types(loaded, types.name, most, texts, weighed, job.progress)
-
-
 MODELS = {"hf": to_hf, "gguf": to_gguf, "ollama": to_ollama, "onnx": to_onnx}
 ADAPTERS = {"hf": export_adapter.to_hf, "gguf": export_adapter.to_gguf, "ollama": export_adapter.to_ollama}
 
 
 # ---- telling ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A line of progress that goes away: progress(what, done, in all)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task("writing", total=1, visible=False)
-        yield lambda what, done, total: shown.update(
-            task, description=escape(what[:30]), completed=done, total=total, visible=done < total
-        )
 
 
 def say(console: Console, text: str) -> None:

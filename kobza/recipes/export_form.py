@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Job:
     progress: Callable[[str, int, int], None]
     held_out: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def corpus(self) -> Corpus:
         """What the engines are asked."""
         return corpus_for(self.source.tokenizer, held_out=self.held_out)

@@ -6,8 +6,7 @@ The types of our own runtime give a checkpoint; ggml's give the report, and `pla
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -31,7 +29,7 @@ from kobza.quant.damage import Reference, Rounded, choose, ladder, sensitivities
 from kobza.quant.forms import matrices, n_bytes, quantise
 from kobza.quant.page import damage_page
 from kobza.quant.saved import FILE, save_quantised
-from kobza.recipes.shipping import texts_to_measure
+from kobza.recipes.shipping import bar, texts_to_measure
 from kobza.recipes.tuned import open_checkpoint
 
 OURS = ("int8", "nf4")
@@ -113,15 +111,15 @@ def starting_types(loaded: Loaded, to: str) -> Types:
 def ggml_types(loaded: Loaded, to: str, weighed: bool = False) -> Types:
     """The types of llama.cpp's mixture, by our names."""
     from kobza.export.gguf import our_names
-    from kobza.export.source import source_of_loaded
     from kobza.export.types import types_of
     from kobza.formats.gguf_families import config_to_gguf
+    from kobza.formats.layouts import shapes
     from kobza.formats.weights import gguf_pieces
 
-    source = source_of_loaded(loaded)
-    arch, _ = config_to_gguf(source.config)
-    pieces = gguf_pieces(source.config, arch, source.read, source.shapes)
-    ours, found = our_names(source, arch), matrices(loaded.model)
+    config, found = loaded.run.model, matrices(loaded.model)
+    arch, _ = config_to_gguf(config)
+    ours = our_names(config, arch)
+    pieces = gguf_pieces(config, arch, loaded.model.get_parameter, shapes(config))
     plan, _ = types_of(to).plan({piece.name: piece.shape for piece in pieces}, ours, weighed)
     return {name: plan[theirs] for theirs, names in ours.items() if theirs in plan for name in names if name in found}
 
@@ -211,14 +209,6 @@ def bytes_before(loaded: Loaded) -> int:
 
 
 # ---- what is said --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def bar(console: Console) -> Iterator[Shown]:
-    """A line of progress that goes away, on a terminal: shown(what, done, in all)."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task("each weight alone", total=None)
-        yield lambda what, done, total: shown.update(task, description=escape(what), completed=done, total=total)
 
 
 def tell(console: Console, report: dict[str, Any], run: Path, out: Path | None) -> None:

@@ -1,11 +1,17 @@
-"""What handing a model on begins with: the model behind a path, one weight at a time, what a tuning alone has learned, and the
-text it is measured on."""
+"""What handing a model on begins with: the model behind a path, one weight at a time, what a tuning alone has learned, the
+text it is measured on, and the line of progress meanwhile."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kobza.checkpoint import find_checkpoint, read_config
 from kobza.config import require
@@ -81,3 +87,19 @@ def open_tuning(path: Path) -> Tuning:
     about: dict[str, Any] = {"template": template_of(loaded.provenance, folder), "name": base["name"]}
     source = source_of(place, ends=tuple(ends_of(loaded)), **about)
     return Tuning(folder, source, str(base.get("source") or base["name"]), pairs, list(dict.fromkeys(beside)))
+
+
+@contextmanager
+def bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A line of progress that goes away: progress(what, done, in all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("writing", total=1, visible=False)
+        yield lambda what, done, total: shown.update(
+            task, description=escape(what[:30]), completed=done, total=total, visible=done < total
+        )
