@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
-from kobza import __version__, cli_doctor, cli_ship, cli_tune
+from kobza import __version__, cli_doctor, cli_serve, cli_ship, cli_tune
 from kobza.config import (
     EFFECTS,
     SECTIONS,
@@ -438,6 +438,9 @@ app.command(cli_tune.plan)
 app.command(cli_ship.export)
 app.command(cli_ship.quantize)
 app.command(cli_ship.certificate)
+app.command(cli_serve.serve)
+app.command(cli_serve.studio)
+app.command(cli_serve.contest)
 cli_tune.plan.command(cli_tune.plan_finetune, name="finetune")
 
 

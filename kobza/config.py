@@ -648,7 +648,7 @@ def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
     """Refuse a key that is no field of the dataclass, naming the nearest."""
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
-        require(key in known, f"{where}: unknown key {key!r}{nearest(key, known)}")
+        require(key in known, "" if key in known else f"{where}: unknown key {key!r}{nearest(key, known)}")
 
 
 def run_from_dict(values: dict[str, Any], where: str) -> RunConfig:

@@ -12,7 +12,7 @@ import kobza
 
 PACKAGE = Path(kobza.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
-OUTSIDE = ("cli.py", "cli_doctor.py", "cli_ship.py", "cli_tune.py", "__main__.py", "__init__.py")
+OUTSIDE = ("cli.py", "cli_doctor.py", "cli_serve.py", "cli_ship.py", "cli_tune.py", "__main__.py", "__init__.py")
 CORE = sorted(path for path in PACKAGE.glob("*.py") if path.name not in OUTSIDE)
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 

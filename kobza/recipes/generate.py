@@ -20,6 +20,7 @@ from kobza.generate import Processor, generate
 from kobza.kernels import packed
 from kobza.model import n_parameters
 from kobza.recipes.tuned import open_checkpoint
+from kobza.serve.text import StopFinder
 from kobza.tokenizer import StreamDecoder, Tokenizer
 from kobza.tokens.alphabet import restrict
 
@@ -119,25 +120,6 @@ def check_samples(loaded: Loaded, samples: int) -> None:
 def limits(loaded: Loaded, ids: list[int], config: SampleConfig) -> list[Processor]:
     """What --alphabet forbids in the continuations of a prompt."""
     return restrict(config, loaded.tokenizer, len(ids), next(loaded.model.parameters()).device)
-
-
-class StopFinder:
-    """Text piece by piece, held back while it may be the beginning of a stop string, and cut where one stands."""
-
-    def __init__(self, stops: list[str]):
-        self.stops, self.held, self.found = [s for s in stops if s], "", False
-
-    def feed(self, piece: str) -> str:
-        """The text that can be shown now."""
-        self.held += piece
-        places = [i for i in (self.held.find(stop) for stop in self.stops) if i >= 0]
-        if places:
-            self.found, shown = True, self.held[: min(places)]
-            self.held = ""
-            return shown
-        keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return shown
 
 
 def write_text(
