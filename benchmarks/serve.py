@@ -48,7 +48,7 @@ class Server:
     def ready(self) -> None:
         """Wait for its address."""
         for line in self.child.stdout:
-            if line.startswith("{"):
+            if line.startswith("{") and "address" in line:
                 self.address = json.loads(line)["address"]
                 return
         raise SystemExit(f"{self.child.args} did not start")

@@ -65,7 +65,7 @@ def serve(
         take traffic without it
     """
     args = (run, name, adapter or [], draft, key or [], key_file, allow_origin or [], allow_host or [])
-    return recipe("serve").main(*args, selftest, no_selftest, json, config)
+    return recipe("serve", spin=30_000).main(*args, selftest, no_selftest, json, config)
 
 
 def studio(

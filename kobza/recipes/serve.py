@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,21 @@ def main(
     body = int(config.max_body * 1e6)
     keys = [*keys, *read_keys(key_file)]
     guard = Guard(config.host, tuple(keys), tuple(hosts), tuple(origins), max_body=body, seconds=config.seconds + 60)
-    loaded = open_served(path, config)
-    parts = {given.partition("=")[0]: open_part(given, loaded.folder) for given in adapters}
-    make = engines(loaded, parts, draft, config)
+
+    def prepare() -> tuple[list[Check], Engine, dict[str, Any]]:
+        loaded = open_served(path, config)
+        parts = {given.partition("=")[0]: open_part(given, loaded.folder) for given in adapters}
+        make = engines(loaded, parts, draft, config)
+        checks = [] if no_test else prove(make, loaded)
+        engine = make()  # it has its own form of the weights: the model goes with this function
+        return checks, engine, served(loaded, name or path.resolve().name, engine, list(parts))
+
+    compute = ThreadPoolExecutor(1, "kobza-engine")  # one thread for all products: see Engine.start
+    checks, engine, models = compute.submit(prepare).result()
     if not no_test:
-        checks = prove(make, loaded)
         show(checks, as_json)
-        if only_test or failed(checks):
-            return int(bool(failed(checks)))
-    engine = make()
-    models = served(loaded, name or path.resolve().name, engine, list(parts))
-    del loaded, make  # the engine has its own form of the weights
+    if only_test or failed(checks):
+        return int(bool(failed(checks)))
     service = Service(models, config.seconds, config.max_tokens or 1 << 20)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG)
 
@@ -80,7 +85,7 @@ def main(
         plain = f"serving   {', '.join(models)} at {url}/v1 and {url}/api; Ctrl-C ends"
         print(json.dumps({"address": url, "models": list(models)}) if as_json else plain, flush=True)
 
-    engine.start()
+    engine.start(compute.submit)
     try:
         return run(make_app(service, guard), config.host, config.port, guard=guard, grace=config.drain, on_ready=ready)
     finally:

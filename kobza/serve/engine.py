@@ -33,6 +33,11 @@ NAP = 0.5  # seconds that the idle thread sleeps when nothing wakes it
 log = logging.getLogger("kobza.serve")
 
 
+def in_thread(work: Callable[[], None]) -> None:
+    """Run it in a thread that ends with the program."""
+    threading.Thread(target=work, name="kobza-engine", daemon=True).start()
+
+
 class Engine:
     """Engine(runner, tokenizer).run([request]) -> [Result]; or start(), submit(request, sink), ..., close().
 
@@ -66,7 +71,8 @@ class Engine:
         self.queue: deque[Row] = deque()  # likewise, all later than those
         self._wake = threading.Condition()  # guards the queue and what follows
         self._turn = threading.Lock()  # one step at a time
-        self._thread: threading.Thread | None = None
+        self._stopped: threading.Event | None = None  # set when the thread that steps has ended
+        self._stepper = 0  # that thread
         self._draining = self._closed = False
         self._n_submitted = 0
         self._counts: Counter[str] = Counter()
@@ -103,14 +109,16 @@ class Engine:
 
     @property
     def started(self) -> bool:
-        """Whether the engine steps in a thread of its own."""
-        return self._thread is not None
+        """Whether the engine steps by itself."""
+        return self._stopped is not None
 
-    def start(self) -> None:
-        """Step in a thread of its own, which sleeps when there is nothing to do."""
-        assert self._thread is None, "the engine has been started"
-        self._thread = threading.Thread(target=self._serve, name="kobza-engine", daemon=True)
-        self._thread.start()
+    def start(self, spawn: Callable[[Callable[[], None]], object] = in_thread) -> None:
+        """Step in a thread, which sleeps when there is nothing to do. spawn(work) runs it there: in one of its own, or best in
+        the one that made the runner. As soon as two threads have used OpenMP its workers no longer wait for each other
+        awake, and a step of one row takes 1.5 times as long (docs/LOG.md)."""
+        assert self._stopped is None, "the engine has been started"
+        self._stopped = threading.Event()
+        spawn(self._serve)
 
     def drain(self, seconds: float) -> bool:
         """Refuse new requests and finish those there are -> whether all did in time."""
@@ -118,7 +126,7 @@ class Engine:
             self._draining = True
         end = time.monotonic() + seconds
         while self._busy() and time.monotonic() < end:
-            if self._thread is None:
+            if self._stopped is None:
                 self.step()
             else:
                 time.sleep(0.01)
@@ -129,8 +137,8 @@ class Engine:
         with self._wake:
             self._draining = self._closed = True
             self._wake.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._stopped is not None and threading.get_ident() != self._stepper:
+            self._stopped.wait()
         with self._turn:
             for row in [*self.running, *self.queue]:
                 row.end("cancelled")
@@ -164,7 +172,7 @@ class Engine:
 
     def _pass(self) -> None:
         """Let time pass for `run`."""
-        if self._thread is not None:
+        if self._stopped is not None:
             time.sleep(0.001)
         elif not self.step():
             raise AssertionError("requests wait and no step can be made")
@@ -343,11 +351,16 @@ class Engine:
 
     def _serve(self) -> None:
         """The engine's thread."""
-        while not self._closed:
-            if not self.step():
-                with self._wake:
-                    if not self.queue and not self._closed:
-                        self._wake.wait(NAP)
+        self._stepper = threading.get_ident()
+        try:
+            while not self._closed:
+                if not self.step():
+                    with self._wake:
+                        if not self.queue and not self._closed:
+                            self._wake.wait(NAP)
+        finally:
+            assert self._stopped is not None
+            self._stopped.set()
 
 
 COUNTED = ("tokens_in", "tokens_out", "prefix_hits", "drafted", "accepted", "preempted", "forwards")
